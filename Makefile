@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: book test execute export reproduce serve lab clean
+book: $(STAMP)  ## render the book from the committed outputs
+	$(BIN)/jupyter-book build . -W -n --keep-going
+
+test: book  ## unit tests, then every chapter against its saved outputs
+	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q --nbval chapters
+
+execute: export  ## run the chapters in place (one: make execute CHAPTER=04)
+	$(BIN)/python book/_tools/execute.py $(wildcard chapters/$(CHAPTER)*_*.ipynb)
+	$(MAKE) export
+
+export: $(STAMP)  ## write the package from the chapters
+	$(BIN)/python book/_tools/export.py
+
+reproduce: $(STAMP)  ## measure results/ again (one rung: make reproduce RUNG=scratch)
+	$(BIN)/python book/_tools/reproduce.py $(RUNG)
+
+serve: book  ## read the book at http://localhost:8000
+	$(BIN)/python -m http.server --directory _build/html --bind localhost 8000
+
+lab: $(STAMP)  ## open the notebooks
+	$(BIN)/jupyter lab chapters
+
+clean:
+	rm -rf _build chapters/.ipynb_checkpoints
+
+$(STAMP): requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
