@@ -257,18 +257,17 @@ def hub_answers(seconds=5.0):
 def _from_hub(repository, name, column, keep=None):
     """Load from the Hub, or from the cache where the Hub does not answer."""
     before = config.HF_HUB_OFFLINE
-    offline = before or (
-        os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    )
+    wish = os.environ.get("HF_HUB_OFFLINE", "").upper()
+    offline = before or wish in ("1", "ON", "YES", "TRUE")
     online = not offline and hub_answers()
     config.HF_HUB_OFFLINE = not online  # True: load_dataset asks the cache only
     try:
         loaded = load_dataset(repository, name)
     except Exception as error:  # the libraries below raise many kinds
-        why = f"the Hub answers, but loading {repository} failed ({error})"
-        if not online:
-            why = "HF_HUB_OFFLINE is set" if offline else "the Hub does not answer"
-            why += f", and {repository} ({name}) is not in the cache"
+        why = "HF_HUB_OFFLINE is set" if offline else "the Hub is silent"
+        why += f", and {repository} ({name}) is not in the cache"
+        if online:
+            why = f"the Hub answers, but loading {repository} failed ({error})"
         raise ConnectionError(f"EMOFORMER_DATA is not set, {why}") from error
     finally:
         config.HF_HUB_OFFLINE = before

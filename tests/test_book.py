@@ -118,10 +118,10 @@ def dead_links(html):
     return found
 
 
-def incomplete(html):
-    """List the pages of the table of contents that lack something."""
+def incomplete(html, names):
+    """List what the named pages lack."""
     found = []
-    for name in listed():
+    for name in names:
         path = html / f"{name}.html"
         if not path.is_file():
             found.append(f"{name}: not built")
@@ -186,7 +186,7 @@ def test_every_local_link_leads_somewhere():
 
 
 def test_every_page_has_what_it_needs():
-    assert incomplete(HTML) == []
+    assert incomplete(HTML, listed()) == []
 
 
 def test_every_chapter_is_in_the_table_of_contents():
@@ -273,15 +273,16 @@ def test_notices_a_dead_link(small, fault):
     ("</h1>", '</h1><i id="main-content"></i><i id="main-content"></i>', "twice"),
 ])
 def test_notices_an_incomplete_page(tmp_path, old, new, said):
-    for name in listed():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(HTML / f"{name}.html", tmp_path / f"{name}.html")
-    page = tmp_path / "chapters" / "05_feedforward.html"
+    name = "chapters/05_feedforward"
+    page = tmp_path / f"{name}.html"
+    page.parent.mkdir()
+    shutil.copy(HTML / f"{name}.html", page)
+    assert incomplete(tmp_path, [name]) == []
     assert old in page.read_text("utf-8")
     page.write_text(page.read_text("utf-8").replace(old, new), "utf-8")
-    assert any(said in line for line in incomplete(tmp_path))
+    assert any(said in line for line in incomplete(tmp_path, [name]))
     page.unlink()
-    assert "chapters/05_feedforward: not built" in incomplete(tmp_path)
+    assert incomplete(tmp_path, [name]) == [f"{name}: not built"]
 
 
 def test_notices_a_name_without_explanation(tmp_path):

@@ -386,7 +386,7 @@ def test_a_silent_hub_leaves_the_cache(monkeypatch):
     (load_tweet_eval, EMOTIONS[:4]), (load_six_emotions, EMOTIONS),
 ])
 def test_without_anything_the_sample_with_a_notice(load, labels):
-    with pytest.warns(UserWarning, match="Hub does not answer.*600 bundled") as record:
+    with pytest.warns(UserWarning, match="Hub is silent.*600 bundled") as record:
         dataset = load()
     assert [warning.filename for warning in record] == [__file__]
     assert source_of(dataset) == "sample"
@@ -435,7 +435,7 @@ def test_a_network_that_swallows_everything_costs_seconds(monkeypatch):
         data.HfApi, "dataset_info", lambda *_, **__: ended.wait(60)
     )
     start = time.perf_counter()
-    with pytest.warns(UserWarning, match="Hub does not answer"):
+    with pytest.warns(UserWarning, match="Hub is silent"):
         dataset = load_tweet_eval()
     seconds = time.perf_counter() - start
     ended.set()

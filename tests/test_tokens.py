@@ -283,6 +283,14 @@ def test_saved_and_loaded_it_encodes_the_same(tmp_path):
     assert loaded.to_str() == TOKENIZER.to_str()
 
 
+@pytest.mark.parametrize("name", SPECIAL_TOKENS)
+def test_a_special_token_that_somebody_typed_is_only_text(name):
+    fresh = Tokenizer.from_str(TOKENIZER.to_str())  # as from a file
+    row = encode(fresh, [f"a {name} b"])[0]
+    assert not {PAD_ID, CLS_ID, SEP_ID, MASK_ID} & set(row[1:-1])
+    assert len(row) > 5  # more than [CLS] a [MASK] b [SEP]
+
+
 def test_decoding_gives_the_normalised_text_back():
     assert TOKENIZER.decode(encode(TOKENIZER, ["NOT sad, just HAPPY"])[0]) == SENTENCE
 

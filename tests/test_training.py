@@ -131,7 +131,7 @@ def test_hiding_spares_special_tokens_and_its_input():
 
 
 def test_cutter_without_dropout_is_the_tokenizer(few, tokenizer):
-    texts = [*few["train"]["text"], "", "日本語 ok", "x" * 10_000]
+    texts = [*few["train"]["text"], "", "日本語 中文 ok日", "x" * 10_000]
     expected = encode(tokenizer, texts, max_len=24)
     for dropout in (0, 1e-12):  # the library's way, and ours
         cutter = WordCutter(tokenizer, texts, dropout=dropout, max_len=24)

@@ -33,7 +33,8 @@ CHAPTERS = {
     "attention": ({"attention"}, "attention inside the encoder layer"),
     "feedforward": (
         {"feedforward"}, "the feed-forward layer inside the encoder layer"),
-    "encoder": ({"attention", "norm", "feedforward"}, "the whole encoder layer, N times"),
+    "encoder": (
+        {"attention", "norm", "feedforward"}, "the whole encoder layer, N times"),
     "classifier": ({"pool", "head", "scores"}, "pooling, head and the six scores"),
     "training": (
         {"embedding", "attention", "norm", "feedforward", "head", "loss"},

@@ -42,6 +42,7 @@ VARIANTS = {
     "one-layer": {"num_layers": 1},
     "class-weights": {"class_weights": True},
     "no-hiding": {"hide": 0.0},
+    "no-bpe-dropout": {"bpe_dropout": 0.0},
     "shuffled-labels": {},
 }
 
@@ -130,7 +131,8 @@ def one_run(variant, seed, dataset):
         return json.loads(done.read_text())
     changes = dict(VARIANTS[variant])
     in_training = {
-        name: changes.pop(name) for name in ("class_weights", "hide")
+        name: changes.pop(name)
+        for name in ("class_weights", "hide", "bpe_dropout")
         if name in changes
     }
     if variant == "shuffled-labels":

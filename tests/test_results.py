@@ -1,0 +1,112 @@
+"""Measured numbers: well-formed, scored again from predictions, quoted rightly."""
+
+import importlib.util
+import json
+import statistics
+from pathlib import Path
+
+import nbformat
+import pytest
+from sklearn.metrics import accuracy_score, f1_score
+
+from emoformer.data import load_tweet_eval, source_of
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+LADDER = json.loads((RESULTS / "ladder.json").read_text())
+VARIANTS = json.loads((RESULTS / "scratch.json").read_text())
+KEYS = {
+    "rung", "task", "split", "seeds", "macro_f1", "accuracy",
+    "validation_macro_f1", "parameters", "minutes", "peak_mib", "extra_data",
+    "command", "versions",
+}
+
+
+def tool(name):
+    """Load a script of book/_tools as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"book/_tools/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def predictions(row, seed):
+    """Read one prediction file of a rung."""
+    path = RESULTS / "predictions" / row["rung"] / f"{row['task']}-seed{seed}.txt"
+    return [int(line) for line in path.read_text().splitlines()]
+
+
+def rescored(row, labels, num_labels):
+    """Score a rung again from its prediction files."""
+    files = [predictions(row, seed) for seed in row["seeds"]]
+    return {
+        "macro_f1": [
+            f1_score(labels, f, average="macro", labels=range(num_labels), zero_division=0)
+            for f in files
+        ],
+        "accuracy": [accuracy_score(labels, f) for f in files],
+    }
+
+
+@pytest.mark.parametrize("row", LADDER, ids=lambda row: f"{row['rung']}-{row['task']}")
+def test_rung_is_well_formed(row):
+    assert set(row) == KEYS
+    for key in ("macro_f1", "accuracy", "validation_macro_f1", "minutes"):
+        assert len(row[key]) == len(row["seeds"])
+    assert all(0 <= value <= 1 for value in row["macro_f1"] + row["accuracy"])
+    for seed in row["seeds"]:
+        assert set(predictions(row, seed)) <= set(range(4 if row["task"] == "emotion" else 6))
+
+
+def test_the_trained_rungs_have_five_seeds_and_their_minutes():
+    scratch = next(row for row in LADDER if row["rung"] == "scratch")
+    assert len(scratch["seeds"]) >= 5
+    assert max(scratch["minutes"]) <= 4
+    assert scratch["extra_data"] == []
+    assert all(len(row["macro_f1"]) >= 5 for row in VARIANTS.values())
+
+
+def test_scratch_reaches_what_the_book_promises():
+    scratch = next(row for row in LADDER if row["rung"] == "scratch")
+    assert statistics.mean(scratch["macro_f1"]) >= 0.603
+    assert statistics.mean(scratch["accuracy"]) >= 0.655
+
+
+def test_shuffled_labels_teach_nothing():
+    control = statistics.mean(VARIANTS["shuffled-labels"]["macro_f1"])
+    assert control < 0.30 < statistics.mean(VARIANTS["scratch"]["macro_f1"])
+
+
+@pytest.mark.parametrize("row", LADDER, ids=lambda row: f"{row['rung']}-{row['task']}")
+def test_predictions_give_the_scores(row):
+    dataset = load_tweet_eval("emotion")
+    if source_of(dataset) == "sample":
+        pytest.skip("needs TweetEval's test labels: set EMOFORMER_DATA")
+    again = rescored(row, dataset["test"]["label"], 4)
+    assert again["macro_f1"] == pytest.approx(row["macro_f1"])
+    assert again["accuracy"] == pytest.approx(row["accuracy"])
+
+
+def test_numbers_in_the_prose_are_those_in_results():
+    faults = tool("prose_numbers").main(write=False)
+    assert not faults, "\n".join(faults)
+
+
+def test_a_wrong_number_is_found():
+    tools = tool("prose_numbers")
+    named = {"scratch.macro_f1": "61.2"}
+    text, wrong = tools.compare("reaches 60.9<!--= scratch.macro_f1 --> here", named)
+    assert wrong == ["scratch.macro_f1 is 61.2, but the text says 60.9"]
+    assert text == "reaches 61.2<!--= scratch.macro_f1 --> here"
+    assert tools.compare("1.0<!--= nothing -->", named)[1] == ["no number is called nothing"]
+    assert tools.compare(text, named) == (text, [])
+
+
+def test_every_score_in_the_training_chapter_is_quoted():
+    """A number with one decimal in its prose is a measured one, so marked."""
+    notebook = nbformat.read(ROOT / "chapters" / "08_training.ipynb", as_version=4)
+    prose = "\n".join(
+        cell.source for cell in notebook.cells
+        if cell.cell_type == "markdown" and cell.id.endswith("-text")
+    )
+    assert prose.count("<!--=") >= 10
