@@ -7,9 +7,19 @@ must run, but it cannot print the same numbers.
 """
 
 import functools
+import os
 import warnings
 
 TAG = "real-data"
+
+# Progress bars and log lines of downloads and trainings are for people.
+for name, value in (
+    ("DATASETS_VERBOSITY", "error"),
+    ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+    ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+    ("TQDM_DISABLE", "1"),
+):
+    os.environ.setdefault(name, value)
 
 
 @functools.cache

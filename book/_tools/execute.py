@@ -70,6 +70,7 @@ def execute(path):
 def main(names):
     """Run the named chapters, or all."""
     os.environ.setdefault("PYTHONHASHSEED", "0")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for people
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     paths = [Path(name).resolve() for name in names] or sorted(
         (ROOT / "chapters").glob("[0-9]*.ipynb")
