@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Tiny tensors: two processes with one thread each beat one with two.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 STAMP := $(VENV)/.ready
 
 .PHONY: book test execute export reproduce serve lab clean
@@ -8,8 +10,8 @@ book: $(STAMP)  ## render the book from the committed outputs
 	$(BIN)/jupyter-book build . -W -n --keep-going
 
 test: book  ## unit tests, then every chapter against its saved outputs
-	$(BIN)/python -m pytest -q tests
-	$(BIN)/python -m pytest -q --nbval chapters
+	$(PYTEST) tests
+	$(PYTEST) --nbval chapters
 
 execute: export  ## run the chapters in place (one: make execute CHAPTER=04)
 	$(BIN)/python book/_tools/execute.py $(wildcard chapters/$(CHAPTER)*_*.ipynb)

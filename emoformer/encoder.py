@@ -16,8 +16,8 @@ from .feedforward import FeedForward
 class LayerNorm(nn.Module):
     """Give each token's vector mean 0 and variance 1, then scale and shift.
 
-    The variance is the biased one (divided by d_model), and eps stands
-    inside the root, as in the paper.
+    The variance is the biased one (divided by d_model), as in the paper;
+    eps stands inside the root.
 
     Args:
         d_model: width of the vectors.

@@ -76,6 +76,7 @@ def problems(browser, address, page_name, theme):
     found = []
     context = browser.new_context(
         viewport={"width": WIDTHS[0], "height": 900}, color_scheme=theme)
+    context.set_default_timeout(120_000)  # a busy machine is no fault
     page = context.new_page()
     page.on("request", lambda request: (
         request.url.startswith((address, "data:", "blob:"))

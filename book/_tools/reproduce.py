@@ -19,10 +19,14 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from tqdm import tqdm
 
 from emoformer.classifier import count_parameters
-from emoformer.data import held_out_keys, load_tweet_eval
-from emoformer.data import remove_held_out, source_of
-from emoformer.training import TrainingConfig, make_baseline, predict
-from emoformer.training import save_atomically, train_from_scratch
+from emoformer.data import held_out_keys, load_tweet_eval, remove_held_out, source_of
+from emoformer.training import (
+    TrainingConfig,
+    make_baseline,
+    predict,
+    save_atomically,
+    train_from_scratch,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, RUNS = ROOT / "results", ROOT / "runs"
@@ -41,8 +45,6 @@ VARIANTS = {
     "one-head": {"num_heads": 1},
     "one-layer": {"num_layers": 1},
     "class-weights": {"class_weights": True},
-    "no-hiding": {"hide": 0.0},
-    "no-bpe-dropout": {"bpe_dropout": 0.0},
     "shuffled-labels": {},
 }
 
@@ -130,11 +132,7 @@ def one_run(variant, seed, dataset):
     if done.exists():
         return json.loads(done.read_text())
     changes = dict(VARIANTS[variant])
-    in_training = {
-        name: changes.pop(name)
-        for name in ("class_weights", "hide", "bpe_dropout")
-        if name in changes
-    }
+    balanced = changes.pop("class_weights", False)
     if variant == "shuffled-labels":
         order = torch.randperm(
             len(dataset["train"]), generator=torch.Generator().manual_seed(seed)
@@ -147,7 +145,7 @@ def one_run(variant, seed, dataset):
         dataset = type(dataset)(dataset | {"train": shuffled})
     start = time.perf_counter()
     model, tokenizer, history = train_from_scratch(
-        dataset, folder, TrainingConfig(seed=seed, **in_training),
+        dataset, folder, TrainingConfig(seed=seed, class_weights=balanced),
         tracker=None, **changes,
     )
     minutes = (time.perf_counter() - start) / 60
