@@ -185,7 +185,8 @@ def variant(name):
         )
     path = RESULTS / "scratch.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    write_json(kept | {name: summary}, path)
+    kept[name] = summary
+    write_json({known: kept[known] for known in VARIANTS if known in kept}, path)
 
 
 def main(names):
