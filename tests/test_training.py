@@ -169,6 +169,18 @@ def test_batches_hold_every_post_once_and_follow_the_seed(few, tokenizer):
     assert set().union(*map(set, shared)) == set(labels)
 
 
+def test_hidden_tokens_follow_the_seed():
+    rows = [list(range(5, 25))] * 8  # alike, so that their order shows nothing
+    shape = EmoformerConfig(vocab_size=300)
+    config = TrainingConfig(batch_size=8)
+
+    def ids(seed):
+        return next(epoch_batches(rows, [0] * 8, config, shape, seed=seed))["input_ids"]
+
+    assert torch.equal(ids(1), ids(1))
+    assert not torch.equal(ids(1), ids(2))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
