@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMOTIONS', 'TASKS', 'SPLITS', 'read_lines', 'to_dataset', 'source_of', 'load_sample', 'read_mapping', 'hub_answers',
-           'load_tweet_eval', 'load_six_emotions', 'comparison_key', 'held_out_keys', 'remove_held_out']
+           'load_tweet_eval', 'load_six_emotions', 'load_go_emotions', 'comparison_key', 'held_out_keys',
+           'remove_held_out']
 
 # %% ../chapters/01_tweets.ipynb #imports-module
 import html
@@ -191,13 +192,16 @@ def _numbers(cells):
     return [int(cell) if cell.isdecimal() else cell for cell in cells]
 
 
-def _tweet_eval_from_folder(root, task):
+_SHORT = {"train": "train", "validation": "val", "test": "test"}
+
+
+def _tweet_eval_from_folder(root, task, splits):
     """Read one task in TweetEval's own release layout."""
     folder = root / "tweeteval" / task.replace("_", "/")
     shared = task.startswith("stance")  # five targets, one mapping
     mapping = (folder.parent if shared else folder) / "mapping.txt"
     texts, labels = (
-        [folder / f"{short}_{kind}.txt" for short in ("train", "val", "test")]
+        [folder / f"{_SHORT[split]}_{kind}.txt" for split in splits]
         for kind in ("text", "labels")
     )
     _must_exist(mapping, *texts, *labels)
@@ -207,11 +211,11 @@ def _tweet_eval_from_folder(root, task):
             read_lines(text), _numbers(read_lines(label)), names,
             source="folder", where=label,
         )
-        for split, text, label in zip(SPLITS, texts, labels)
+        for split, text, label in zip(splits, texts, labels)
     })
 
 
-def _six_from_folder(root):
+def _go_emotions_from_folder(root, keep=None):
     """Read GoEmotions' files: text<TAB>labels<TAB>id a line."""
     folder = root / "go_emotions"
     paths = [folder / f"{short}.tsv" for short in ("train", "dev", "test")]
@@ -222,7 +226,7 @@ def _six_from_folder(root):
         result[split] = to_dataset(
             [row[0] for row in rows],
             [_numbers("".join(row[1:-1]).split(",")) for row in rows],
-            read_lines(folder / "labels.txt"), keep=EMOTIONS,
+            read_lines(folder / "labels.txt"), keep=keep,
             source="folder", where=path,
         )
     return result
@@ -292,7 +296,7 @@ def _fall_back(reason, names=EMOTIONS):
     return load_sample(names)
 
 
-def load_tweet_eval(task="emotion"):
+def load_tweet_eval(task="emotion", splits=SPLITS):
     """Load one task of TweetEval.
 
     The posts come from the folder named by the environment variable
@@ -303,13 +307,15 @@ def load_tweet_eval(task="emotion"):
 
     Args:
         task: one of ``TASKS``.
+        splits: those of ``SPLITS`` to load; a folder that lacks another
+            one will do.
 
     Returns:
-        A DatasetDict with the official train, validation and test splits,
-        each with the columns ``text`` and ``label``.
+        A DatasetDict with the official splits, each with the columns
+        ``text`` and ``label``.
 
     Raises:
-        ValueError: the task is unknown, or a file is malformed.
+        ValueError: the task or a split is unknown, or a file is malformed.
         FileNotFoundError: the folder lacks a file of the task.
         ConnectionError: neither Hub nor cache can give the task, and the
             sample does not hold it.
@@ -320,14 +326,20 @@ def load_tweet_eval(task="emotion"):
         raise ValueError(
             f"task must be one of {', '.join(TASKS)}, but it is {task!r}"
         )
+    if not splits or not set(splits) <= set(SPLITS):
+        raise ValueError(
+            f"splits must be some of {', '.join(SPLITS)}, but they are "
+            f"{splits!r}"
+        )
     if folder := _data_folder():
-        return _tweet_eval_from_folder(folder, task)
+        return _tweet_eval_from_folder(folder, task, splits)
     try:
-        return _from_hub(_TWEET_EVAL, task, "label")
+        loaded = _from_hub(_TWEET_EVAL, task, "label")
     except ConnectionError as error:
         if task != "emotion":  # the sample holds no other task
             raise
-        return _fall_back(error, EMOTIONS[:4])
+        loaded = _fall_back(error, EMOTIONS[:4])
+    return DatasetDict({split: loaded[split] for split in splits})
 
 # %% ../chapters/01_tweets.ipynb #load-six
 def load_six_emotions():
@@ -347,11 +359,33 @@ def load_six_emotions():
     Source: Demszky et al. (2020), GoEmotions.
     """
     if folder := _data_folder():
-        return _six_from_folder(folder)
+        return _go_emotions_from_folder(folder, EMOTIONS)
     try:
         return _from_hub(_GO_EMOTIONS, "simplified", "labels", EMOTIONS)
     except ConnectionError as error:
         return _fall_back(error)
+
+
+def load_go_emotions():
+    """Load the comments of GoEmotions that bear exactly one of its labels.
+
+    There are 28 of them, *neutral* among them. Sources are those of
+    `load_tweet_eval`, without the sample, which does not hold the labels.
+
+    Returns:
+        A DatasetDict with the official train, validation and test splits,
+        each with the columns ``text`` and ``label``.
+
+    Raises:
+        ValueError: a file is malformed.
+        FileNotFoundError: the folder lacks a file.
+        ConnectionError: neither Hub nor cache can give them.
+
+    Source: Demszky et al. (2020), GoEmotions.
+    """
+    if folder := _data_folder():
+        return _go_emotions_from_folder(folder)
+    return _from_hub(_GO_EMOTIONS, "simplified", "labels")
 
 # %% ../chapters/01_tweets.ipynb #comparison-key
 def comparison_key(text):

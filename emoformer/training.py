@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCRATCH', 'cross_entropy', 'parameter_groups', 'learning_rate_factor', 'choose_precision', 'hide_tokens',
            'WordCutter', 'TrainingConfig', 'epoch_batches', 'predict', 'evaluate', 'save_atomically', 'load_tensors',
-           'save_model', 'load_model', 'balance', 'training_step', 'train', 'train_from_scratch', 'make_baseline']
+           'save_model', 'load_model', 'balance', 'resume', 'training_step', 'train', 'train_from_scratch',
+           'make_baseline']
 
 # %% ../chapters/08_training.ipynb #imports-module
 import json
@@ -13,6 +14,7 @@ import math
 import os
 import pickle
 import random
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -139,15 +141,19 @@ class WordCutter:
         texts: a list of strings.
         dropout: the chance to pass a merge over, in [0, 1).
         max_len: the most tokens a text may keep, at least 3.
+        ways: how many cuts of a word to keep; one of them is drawn when
+            there are that many. 0: cut anew each time, which is slow for
+            hundreds of thousands of texts.
 
     Source: Provilkov, Emelianenko and Voita (2020). The ``tokenizers``
     library has it too, but cannot be seeded.
     """
 
-    def __init__(self, tokenizer, texts, *, dropout, max_len):
+    def __init__(self, tokenizer, texts, *, dropout, max_len, ways=0):
         self.tokenizer, self.texts = tokenizer, texts
-        self.dropout, self.max_len = dropout, max_len
+        self.dropout, self.max_len, self.ways = dropout, max_len, ways
         model = json.loads(tokenizer.to_str())["model"]
+        self.words = None  # cut at the first call
         self.vocab = model["vocab"]
         self.ranks = {tuple(pair): i for i, pair in enumerate(model["merges"])}
 
@@ -162,22 +168,42 @@ class WordCutter:
         """
         if self.dropout == 0:
             return encode(self.tokenizer, self.texts, max_len=self.max_len)
-        rng = random.Random(seed)
+        if self.words is None:
+            self.words = self._split()
+        rng, kept = random.Random(seed), {}
         rows = []
-        for text in self.texts:
-            text = self.tokenizer.normalizer.normalize_str(text)
+        for words in self.words:
             row = [CLS_ID]
-            for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(text):
-                ids = [
-                    self.vocab.get(piece, UNK_ID)
-                    for piece in self.cut(word, rng)
-                ]
-                row += [  # unknown pieces side by side are one [UNK]
-                    token for token, before in zip(ids, [None, *ids])
-                    if token != UNK_ID or before != UNK_ID
-                ]
+            for word in words:
+                row += self._ids(word, rng, kept.setdefault(word, []))
             rows.append(row[: self.max_len - 1] + [SEP_ID])
         return rows
+
+    def _split(self):
+        """Normalise all texts and cut them into words, once."""
+        tokenizer = self.tokenizer
+        return [
+            [
+                sys.intern(word)  # a frequent word stands in memory once
+                for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(
+                    tokenizer.normalizer.normalize_str(text)
+                )
+            ]
+            for text in self.texts
+        ]
+
+    def _ids(self, word, rng, kept):
+        """Cut a word into ids, or draw one of the cuts that were kept."""
+        if self.ways and len(kept) == self.ways:
+            return kept[int(rng.random() * self.ways)]
+        ids = [self.vocab.get(piece, UNK_ID) for piece in self.cut(word, rng)]
+        ids = [  # unknown pieces side by side are one [UNK]
+            token for token, before in zip(ids, [None, *ids])
+            if token != UNK_ID or before != UNK_ID
+        ]
+        if self.ways:
+            kept.append(ids)
+        return ids
 
     def cut(self, word, rng):
         """Cut one word into pieces.
@@ -358,13 +384,15 @@ def save_atomically(value, path):
     reads ``path`` finds the old content or the new, never half of it.
 
     Args:
-        value: a string, or anything for ``torch.save``.
+        value: a string, bytes, or anything else for ``torch.save``.
         path: the file to write; its folder must exist.
     """
     path = Path(path)
     draft = path.with_name(path.name + ".part")
     if isinstance(value, str):
         draft.write_text(value, encoding="utf-8")
+    elif isinstance(value, bytes):
+        draft.write_bytes(value)
     else:
         torch.save(value, draft)
     os.replace(draft, path)
@@ -488,17 +516,29 @@ def _tracker_options(tracker, folder):
     return {"wandb": {"mode": mode, "dir": str(folder)}}
 
 
-def _resume(folder, settings, model, optimizer):
-    """Load the state of a run that was stopped; return its history."""
-    path = folder / "training_state.pt"
+def resume(path, settings, model, optimizer):
+    """Load the state of a run that was stopped.
+
+    Args:
+        path: the file with the state; there need be none yet.
+        settings: what shaped the run, plain values in a dict.
+        model: takes the saved weights.
+        optimizer: takes the saved moments.
+
+    Returns:
+        The history of the run so far, a list; empty for a new run.
+
+    Raises:
+        ValueError: the file is damaged, or of a run with other settings.
+    """
     if not path.is_file():
         return []
     state = load_tensors(path)
     if state["settings"] != settings:
         raise ValueError(
-            f"a run can be resumed with its own settings only, but {folder} "
-            f"holds one with {state['settings']}, not {settings}. Take "
-            "another folder, or delete this one."
+            f"a run can be resumed with its own settings only, but "
+            f"{path.parent} holds one with {state['settings']}, not "
+            f"{settings}. Take another folder, or delete this one."
         )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -536,7 +576,8 @@ def training_step(model, batch, optimizer, config, accelerator, weights=None):
 
 
 def train(
-    model, tokenizer, dataset, config, folder, *, tracker="tensorboard"
+    model, tokenizer, dataset, config, folder, *, groups=None,
+    tracker="tensorboard",
 ):
     """Train a classifier, keep the best epoch, and survive being killed.
 
@@ -551,6 +592,9 @@ def train(
         dataset: a DatasetDict with ``train`` and ``validation``.
         config: a `TrainingConfig`.
         folder: where the run is kept.
+        groups: parameter groups for AdamW; where one has a ``scale``, its
+            learning rate is that many times the run's. None: those of
+            `parameter_groups`, all alike.
         tracker: ``"tensorboard"`` (local files), ``"wandb"`` or None.
 
     Returns:
@@ -567,7 +611,7 @@ def train(
     accelerator = Accelerator(log_with=tracker, project_dir=folder)
     plain = model  # the same weights, without accelerate's wrapper
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+        groups or parameter_groups(model, config.weight_decay),
         lr=config.learning_rate, fused=True,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -584,7 +628,9 @@ def train(
         "training": asdict(config), "model": asdict(plain.config),
         "posts": len(labels),
     }
-    history = _resume(folder, settings, plain, optimizer)
+    history = resume(
+        folder / "training_state.pt", settings, plain, optimizer
+    )
     if tracker:
         accelerator.init_trackers(
             "emoformer", config=asdict(config),
@@ -610,7 +656,8 @@ def train(
                 step, warmup=round(config.warmup * total), total=total
             )
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * factor
+                scale = group.get("scale", 1.0)
+                group["lr"] = config.learning_rate * factor * scale
             batch = {k: v.to(accelerator.device) for k, v in batch.items()}
             losses.append(training_step(
                 model, batch, optimizer, config, accelerator, weights
@@ -683,11 +730,8 @@ def train_from_scratch(
     return model, tokenizer, history
 
 # %% ../chapters/08_training.ipynb #baseline
-def make_baseline(kind, strength=1.0):
+def make_baseline(kind, strength=1.0, class_weight=None):
     """Make a classifier that has never heard of Transformers.
-
-    The SVM weighs classes by how rare they are, since macro-F1 counts them
-    all alike.
 
     Args:
         kind: ``"majority"`` (always the most frequent class),
@@ -695,6 +739,8 @@ def make_baseline(kind, strength=1.0):
             ``"tfidf-words-chars"`` (the same with runs of 2 to 5
             characters).
         strength: the SVM's C, above 0: how little it is regularised.
+        class_weight: None, or ``"balanced"``: weigh each class by how rare
+            it is.
 
     Returns:
         A scikit-learn pipeline with ``fit(texts, labels)`` and
@@ -718,5 +764,5 @@ def make_baseline(kind, strength=1.0):
             "kind must be majority, tfidf-words or tfidf-words-chars, but it "
             f"is {kind!r}"
         )
-    svm = LinearSVC(C=strength, class_weight="balanced", random_state=0)
+    svm = LinearSVC(C=strength, class_weight=class_weight, random_state=0)
     return make_pipeline(features[kind], svm)

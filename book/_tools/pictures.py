@@ -40,6 +40,11 @@ CHAPTERS = {
         {"embedding", "attention", "norm", "feedforward", "head", "loss"},
         "every part with parameters, and the loss that teaches them",
     ),
+    "evaluation": ({"scores"}, "the six scores, and how they compare with the truth"),
+    "pretraining": (
+        {"embedding", "attention", "norm", "feedforward", "head", "words"},
+        "every part with parameters, and a second head that guesses hidden words",
+    ),
 }
 
 
@@ -155,6 +160,20 @@ def draw(chapter):
             + box(341, row, 70, 28, "loss", True)
             + arrow([(400, row - 2), (400, places[2][0] + 14),
                      (LEFT + BOX + 4, places[2][0] + 14)], "ink-soft", True)
+        )
+    if chapter == "evaluation":
+        row = places[-1][0] + 8
+        teach = (
+            arrow([(321, row + 14), (338, row + 14)], "logits")
+            + box(341, row - 62, 70, 28, "truth", False)
+            + arrow([(376, row - 33), (376, row - 3)], "ink-soft")
+            + box(341, row, 70, 28, "F1 ± ?", True)
+        )
+    if chapter == "pretraining":
+        row, turn = places[7][0], sum(places[6]) + 5  # still inside the frame
+        teach = (
+            arrow([(MIDDLE, turn), (396, turn), (396, row - 2)], "residual")
+            + box(341, row, 70, 28, "words", True)
         )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 6}" '

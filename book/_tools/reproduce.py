@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,10 +19,22 @@ import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from tqdm import tqdm
 
-from emoformer.classifier import count_parameters
+from emoformer.classifier import EmoformerConfig, count_parameters
 from emoformer.data import held_out_keys, load_tweet_eval, remove_held_out, source_of
+from emoformer.pretraining import (
+    PretrainingConfig,
+    PretrainingModel,
+    label_table,
+    load_half,
+    load_mixture,
+    pretrain,
+    save_half,
+    training_flops,
+)
+from emoformer.tokens import train_tokenizer
 from emoformer.training import (
     TrainingConfig,
+    load_tensors,
     make_baseline,
     predict,
     save_atomically,
@@ -30,6 +43,7 @@ from emoformer.training import (
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, RUNS = ROOT / "results", ROOT / "runs"
+MODELS = ROOT / "book" / "_static" / "models"
 SEEDS = [0, 1, 2, 3, 4]
 BASELINES = ["majority", "tfidf-words", "tfidf-words-chars"]
 PACKAGES = ("torch", "tokenizers", "accelerate", "scikit-learn", "numpy")
@@ -189,13 +203,95 @@ def variant(name):
     write_json({known: kept[known] for known in VARIANTS if known in kept}, path)
 
 
+# The pretrained model: few enough parameters that two models in half precision
+# fit into 16 MB. No dropout: each text is met four times only.
+ENCODER = {
+    "d_model": 256, "num_heads": 4, "num_layers": 3, "d_ff": 1024,
+    "max_len": 64, "dropout": 0.0, "norm_first": True, "pooling": "mean",
+}
+
+
+def real_mixture():
+    """The pieces to pretrain on and what is missing of them; never the sample."""
+    mixture, missing = load_mixture()
+    if "sample" in mixture:
+        raise SystemExit("pretraining needs the real data: set EMOFORMER_DATA")
+    return mixture, missing
+
+
+def fresh_encoder(mixture, tokenizer, seed=0):
+    """A model with one output for each label of the mixture."""
+    names, _ = label_table(mixture)
+    torch.manual_seed(seed)
+    model = PretrainingModel(EmoformerConfig(
+        vocab_size=tokenizer.get_vocab_size(), num_labels=max(1, len(names)),
+        **ENCODER,
+    ))
+    return model, names
+
+
+def mixture_tokenizer(mixture):
+    """A tokenizer from all texts that may be trained on."""
+    texts = [text for piece in mixture.values() for text in piece["text"]]
+    return train_tokenizer(texts, vocab_size=5000, min_frequency=30)
+
+
+def pretraining():
+    """Pretrain the encoder on the mixture, and save it."""
+    mixture, missing = real_mixture()
+    tokenizer = mixture_tokenizer(mixture)
+    model, names = fresh_encoder(mixture, tokenizer)
+    config, folder = PretrainingConfig(epochs=4), RUNS / "pretraining"
+    state = folder / "pretraining_state.pt"
+    before = load_tensors(state)["history"][-1]["tokens"] if state.exists() else 0
+    start = time.perf_counter()
+    history = pretrain(model, tokenizer, mixture, config, folder)
+    seconds, tokens = time.perf_counter() - start, history[-1]["tokens"]
+    done = folder / "measured.json"
+    if done.exists():
+        rate, peak = json.loads(done.read_text()).values()
+    else:  # of the part that this call ran
+        rate = (tokens - before) / seconds
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        write_json({"tokens_per_second": rate, "peak_mib": peak}, done)
+    save_half(MODELS / "pretrained", model.eval(), tokenizer, names)
+    texts = config.batch_size * history[-1]["step"]
+    write_part("pretraining.json", "main", {
+        "history": history, "tokens": tokens, "tokens_per_second": rate,
+        "minutes": tokens / rate / 60, "peak_mib": peak,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops": training_flops(
+            model.config, tokens, seq_len=tokens / texts,
+            chosen_share=config.share,
+        ),
+        "config": asdict(config), "model": asdict(model.config),
+        "pieces": {name: len(piece) for name, piece in mixture.items()},
+        "missing": missing,
+    })
+
+
+def write_part(file, part, value):
+    """Put one part into a JSON file of results/, and leave the others."""
+    path = RESULTS / file
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    write_json(kept | {part: value}, path)
+
+
+STAGES = {"pretraining": pretraining}
+
+
 def main(names):
     """Measure the named rungs, or all of them in processes of their own."""
-    known = [*BASELINES, *VARIANTS]
+    known = [*BASELINES, *VARIANTS, *STAGES]
     for name in names:
         if name not in known:
             raise SystemExit(f"a rung must be one of {', '.join(known)}: {name!r}")
-        baseline(name) if name in BASELINES else variant(name)
+        if name in BASELINES:
+            baseline(name)
+        elif name in VARIANTS:
+            variant(name)
+        else:
+            STAGES[name]()
     if not names:
         for name in tqdm(known, desc="rungs"):
             subprocess.run([sys.executable, __file__, name], check=True)
