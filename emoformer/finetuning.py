@@ -197,7 +197,9 @@ def save_finetuned(folder, model, tokenizer, label_names, card):
 
     Raises:
         ValueError: a heading is missing or its text is empty, or the model
-            cannot be saved (see `save_half`).
+            cannot be saved (see `save_half`). Nothing is written then.
+
+    Source: Mitchell et al. (2019).
     """
     for heading in ("Data", "Numbers", "Limits", "Intended use"):
         if not card.get(heading, "").strip():
@@ -205,7 +207,8 @@ def save_finetuned(folder, model, tokenizer, label_names, card):
                 f"the card must have a text under {heading!r}, but its "
                 f"headings are {sorted(card)}"
             )
-    save_half(folder, model, tokenizer, label_names)
+    label_names = list(label_names)
     parts = [f"# Emoformer: {', '.join(label_names)}"]
     parts += [f"## {heading}\n\n{text.strip()}" for heading, text in card.items()]
+    save_half(folder, model, tokenizer, label_names)
     save_atomically("\n\n".join(parts) + "\n", Path(folder) / "README.md")

@@ -20,6 +20,7 @@ from emoformer.data import (
     comparison_key,
     held_out_keys,
     load_sample,
+    load_go_emotions,
     load_six_emotions,
     load_tweet_eval,
     read_lines,
@@ -301,6 +302,32 @@ def test_six_keeps_single_labels_and_renumbers_them(folder):
     assert source_of(dataset) == "folder"
 
 
+def test_go_emotions_keeps_all_labels_in_their_order(folder):
+    dataset = load_go_emotions()
+    known = (folder / "go_emotions" / "labels.txt").read_text().split()
+    assert names(dataset) == known
+    assert len(known) > len(EMOTIONS)
+    six = load_six_emotions()
+    for split in SPLITS:
+        kept = [
+            (text, known[label]) for text, label in rows(dataset)[split]
+            if known[label] in EMOTIONS
+        ]
+        assert kept == [(text, EMOTIONS[label]) for text, label in rows(six)[split]]
+    assert sum(map(len, rows(dataset).values())) > sum(map(len, rows(six).values()))
+
+
+def test_some_splits_alone_need_only_their_files(folder):
+    (folder / "tweeteval" / "emotion" / "train_text.txt").unlink()
+    whole = ("validation", "test")
+    assert list(load_tweet_eval("emotion", whole)) == list(whole)
+    with pytest.raises(FileNotFoundError, match="1 of 3.*train_text"):
+        load_tweet_eval("emotion", ["train"])
+    for splits in ((), ["dev"], ["test", "dev"]):
+        with pytest.raises(ValueError, match="splits must be some of train, validation"):
+            load_tweet_eval("emotion", splits)
+
+
 @pytest.mark.parametrize("line", [
     "text\t8\tid", "text\t-1\tid", "text\tjoy\tid", "text\t\tid", "text\t1,\tid",
     "text", "text\t1", "text\t1\tid\tmore", "",
@@ -416,6 +443,13 @@ def test_a_download_that_fails_is_quoted(monkeypatch, fault):
     with pytest.warns(UserWarning, match=rf"Hub answers.*\({fault}\).*600 bundled"):
         assert source_of(load_six_emotions()) == "sample"
     assert data.config.HF_HUB_OFFLINE is False
+
+
+def test_without_anything_some_splits_come_from_the_sample():
+    with pytest.warns(UserWarning, match="600 bundled"):
+        assert list(load_tweet_eval("emotion", ["test"])) == ["test"]
+    with pytest.raises(ConnectionError, match=r"EMOFORMER_DATA.*\(simplified\)"):
+        load_go_emotions()
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "emotion"])

@@ -33,6 +33,7 @@ from emoformer.training import (
     predict,
     save_atomically,
     save_model,
+    train,
     train_from_scratch,
 )
 
@@ -146,6 +147,17 @@ def test_cutter_cuts_finer_and_by_its_seed(few, tokenizer):
     assert sum(map(len, cutter(1))) > sum(map(len, usual))
     for row, same in zip(cutter(1), usual, strict=True):
         assert tokenizer.decode(row) == tokenizer.decode(same)
+
+
+def test_cutter_draws_from_the_ways_it_kept(few, tokenizer):
+    texts = ["disappointing"] * 200
+    anew = WordCutter(tokenizer, texts, dropout=0.5, max_len=64)
+    kept = WordCutter(tokenizer, texts, dropout=0.5, max_len=64, ways=3)
+    assert kept(1) == kept(1) != kept(2)
+    assert kept(1)[:3] == anew(1)[:3]  # the first three are cut as ever
+    ways = {tuple(row) for row in kept(1)[:3]}
+    assert {tuple(row) for row in kept(1)[3:]} == ways
+    assert len({tuple(row) for row in anew(1)}) > 3
 
 
 def test_cutter_breaks_a_word_whole_when_no_merge_survives(tokenizer):
@@ -276,6 +288,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert torch.equal(load_tensors(tmp_path / "x.pt")["a"], torch.ones(2))
 
 
+def test_bytes_are_written_as_they_are(tmp_path):
+    save_atomically(b"\x00\xff", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"\x00\xff"
+
+
 # -- the loop ---------------------------------------------------------------
 def test_it_learns(few, tmp_path):
     config = TrainingConfig(
@@ -305,6 +322,34 @@ def test_balance_is_one_on_average():
     weights = training.balance(labels, 3)
     assert weights[labels].mean().item() == pytest.approx(1.0)
     assert weights[2] == 6 * weights[0]
+
+
+def test_groups_learn_at_their_scale(few, tokenizer, tmp_path):
+    """Twice the rate at half the scale is the same run, bit by bit."""
+    runs = []
+    for rate, scale in ((1e-3, None), (2e-3, 0.5), (2e-3, None)):
+        torch.manual_seed(3)
+        shape = EmoformerConfig(vocab_size=300, d_model=16, num_heads=2, d_ff=32)
+        model = TransformerForSequenceClassification(shape)
+        groups = None
+        if scale:
+            groups = [g | {"scale": scale} for g in parameter_groups(model, 0.0)]
+        config = TrainingConfig(epochs=1, learning_rate=rate, weight_decay=0.0)
+        folder = tmp_path / str(len(runs))
+        train(model, tokenizer, few, config, folder, groups=groups, tracker=None)
+        runs.append(model.state_dict())
+    plain, scaled, faster = runs
+    assert all(torch.equal(plain[name], scaled[name]) for name in plain)
+    assert not torch.equal(plain["head.weight"], faster["head.weight"])
+
+
+def test_what_is_in_no_group_does_not_learn(few, tokenizer, model, tmp_path):
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    groups = [{"params": model.head.parameters(), "weight_decay": 0.1, "scale": 3.0}]
+    config = TrainingConfig(epochs=1)
+    train(model, tokenizer, few, config, tmp_path, groups=groups, tracker=None)
+    moved = {n for n, w in model.state_dict().items() if not torch.equal(w, before[n])}
+    assert moved == {"head.weight", "head.bias"}
 
 
 def test_other_settings_do_not_resume(few, tmp_path):
@@ -398,5 +443,8 @@ def test_baselines():
         assert fitted.predict(["happy", "sad"]).tolist() == [1, 0]
     majority = make_baseline("majority").fit(texts, [0] * 3 + [1] * 17)
     assert majority.predict(["sad"]).tolist() == [1]
+    weighed = make_baseline("tfidf-words", 0.3, "balanced")
+    assert weighed[-1].C == 0.3
+    assert weighed[-1].class_weight == "balanced"
     with pytest.raises(ValueError, match="kind must be majority"):
         make_baseline("best")

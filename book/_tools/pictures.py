@@ -45,6 +45,10 @@ CHAPTERS = {
         {"embedding", "attention", "norm", "feedforward", "head", "words"},
         "every part with parameters, and a second head that guesses hidden words",
     ),
+    "finetuning": (
+        {"head", "scores", "loss"},
+        "a new head, and the loss that teaches it fast and the rest slowly",
+    ),
 }
 
 
@@ -72,7 +76,7 @@ COLOURS = {
 }
 
 
-def arrow(points, colour, dashed=False):
+def arrow(points, colour, dashed=False, width=2):
     """Draw a line through points with a small head at its end."""
     (x0, y0), (x, y) = points[-2:]
     if x0 == x:
@@ -86,8 +90,8 @@ def arrow(points, colour, dashed=False):
     dash = ' stroke-dasharray="4 3"' if dashed else ""
     stroke = f'fill="none" stroke="var(--emo-{colour}, {COLOURS[colour]})"'
     return (
-        f'<path d="{path}" {stroke} stroke-width="2"{dash}/>\n'
-        f'<path d="{tip}" {stroke} stroke-width="2"/>\n'
+        f'<path d="{path}" {stroke} stroke-width="{width}"{dash}/>\n'
+        f'<path d="{tip}" {stroke} stroke-width="{width}"/>\n'
     )
 
 
@@ -175,6 +179,15 @@ def draw(chapter):
             arrow([(MIDDLE, turn), (396, turn), (396, row - 2)], "residual")
             + box(341, row, 70, 28, "words", True)
         )
+    if chapter == "finetuning":
+        row, right = places[-1][0] + 8, LEFT + BOX
+        heights = (places[-2][0] + 14, places[5][0] + 22, places[2][0] + 14)
+        ends = (right + 5, right + 16, right + 4)  # head, frame, embedding
+        teach = arrow([(321, row + 14), (338, row + 14)], "logits") + "".join(
+            arrow([(388 + 10 * i, row - 2), (388 + 10 * i, y0), (x, y0)],
+                  "ink-soft", True, (4, 2, 1)[i])
+            for i, (y0, x) in enumerate(zip(heights, ends, strict=True))
+        ) + box(341, row, 70, 28, "loss", True)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 6}" '
         f'width="{WIDTH}" height="{y + 6}" font-family="sans-serif" '

@@ -6,6 +6,7 @@ that differ are listed and the exit status is 1; with it they are rewritten.
 """
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -34,6 +35,61 @@ def describe(name, row):
     return named
 
 
+def describe_finetuning(parts):
+    """Name means: few.<model>.<tweets>, choices.<setting>, forgetting.<setting>."""
+    named, few = {}, parts.get("few", {"counts": []})
+    for place, count in enumerate(few["counts"]):
+        for model in ("scratch", "pretrained"):
+            f1 = statistics.mean(few[model][place])
+            named[f"few.{model}.{count}"] = f"{100 * f1:.1f}"
+    for row in parts.get("choices", []):
+        f1 = statistics.mean(row["validation_macro_f1"])
+        named["choices." + row["name"].replace(" ", "-")] = f"{100 * f1:.1f}"
+    for row in parts.get("forgetting", []):
+        named["forgetting.before"] = f"{row['words_before']:.2f}"
+        words = statistics.mean(row["words_after"])
+        named["forgetting." + row["name"].replace(" ", "-")] = f"{words:.2f}"
+    return named
+
+
+def describe_pretraining(parts):
+    """Name pretraining.<what> of the full run, ablation-<start>.<what> of the race."""
+    named = {}
+    if main := parts.get("main"):
+        history, vocabulary = main["history"], main["model"]["vocab_size"]
+        named = {
+            "minutes": f"{main['minutes']:.0f}",
+            "tokens_per_second": f"{round(main['tokens_per_second'], -2):,.0f}",
+            "tokens_millions": f"{main['tokens'] / 1e6:.1f}",
+            "texts": f"{sum(main['pieces'].values()):,}",
+            "parameters": f"{main['parameters']:,}",
+            "peak_gib": f"{main['peak_mib'] / 1024:.1f}",
+            "operations": f"{main['flops'] / 1e15:.2f}",  # times 10 to the 15
+            "epochs": str(main["config"]["epochs"]),
+            "steps": f"{history[-1]['step']:,}",
+            "vocab_size": f"{vocabulary:,}",
+            "nothing": f"{math.log(vocabulary):.2f}",
+            "perplexity": f"{math.exp(history[-1]['words']):.0f}",
+        }
+        for loss in ("words", "labels"):
+            named[f"{loss}.first"] = f"{history[0][loss]:.2f}"
+            named[f"{loss}.last"] = f"{history[-1][loss]:.2f}"
+        named = {f"pretraining.{name}": value for name, value in named.items()}
+    race = parts.get("ablation", {"steps": 0, "minutes": {}, "variants": {}})
+    named["ablation.steps"] = f"{race['steps']:,}"
+    for start, row in race["variants"].items():
+        for key in PERCENT:
+            values = [100 * value for value in row[key]]
+            named[f"ablation-{start}.{key}"] = f"{statistics.mean(values):.1f}"
+            named[f"ablation-{start}.{key}.spread"] = f"{statistics.stdev(values):.1f}"
+        base = statistics.mean(race["variants"]["none"]["macro_f1"])
+        gain = 100 * (statistics.mean(row["macro_f1"]) - base)
+        named[f"ablation-{start}.gain"] = f"{gain:.1f}"
+        named[f"ablation-{start}.minutes"] = f"{race['minutes'][start]:.1f}"
+        named[f"ablation-{start}.seeds"] = str(len(row["seeds"]))
+    return named
+
+
 def known_numbers(results=ROOT / "results"):
     """All numbers that prose may quote, as they are to be printed."""
     named = {}
@@ -46,7 +102,14 @@ def known_numbers(results=ROOT / "results"):
             named[f"{name}.lost"] = f"{lost:.1f}"
     if (results / "ladder.json").exists():
         for row in json.loads((results / "ladder.json").read_text()):
-            named |= describe(row["rung"], row)
+            task = "" if row["task"] == "emotion" else row["task"] + "."
+            named |= describe(task + row["rung"], row)
+    if (results / "finetuning.json").exists():
+        parts = json.loads((results / "finetuning.json").read_text())
+        named |= describe_finetuning(parts)
+    if (results / "pretraining.json").exists():
+        parts = json.loads((results / "pretraining.json").read_text())
+        named |= describe_pretraining(parts)
     return named
 
 

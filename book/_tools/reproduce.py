@@ -11,29 +11,43 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from datasets import DatasetDict, concatenate_datasets
+from sklearn.model_selection import StratifiedKFold
 from tqdm import tqdm
 
 from emoformer.classifier import EmoformerConfig, count_parameters
-from emoformer.data import held_out_keys, load_tweet_eval, remove_held_out, source_of
+from emoformer.data import (
+    held_out_keys,
+    load_six_emotions,
+    load_tweet_eval,
+    remove_held_out,
+    source_of,
+)
+from emoformer.evaluation import confusion_matrix, score, write_predictions
+from emoformer.finetuning import FINETUNING, finetune, save_finetuned, take_few
 from emoformer.pretraining import (
     PretrainingConfig,
     PretrainingModel,
+    corrupt,
     label_table,
     load_half,
     load_mixture,
+    masked_language_loss,
     pretrain,
     save_half,
     training_flops,
 )
-from emoformer.tokens import train_tokenizer
+from emoformer.tokens import bucket_by_length, encode, make_batch, train_tokenizer
 from emoformer.training import (
     TrainingConfig,
+    load_model,
     load_tensors,
     make_baseline,
     predict,
@@ -46,6 +60,8 @@ RESULTS, RUNS = ROOT / "results", ROOT / "runs"
 MODELS = ROOT / "book" / "_static" / "models"
 SEEDS = [0, 1, 2, 3, 4]
 BASELINES = ["majority", "tfidf-words", "tfidf-words-chars"]
+RUNGS = [*BASELINES, "scratch", "pretrained", "pretrained-ensemble"]
+TASKS = ["emotion", "six"]
 PACKAGES = ("torch", "tokenizers", "accelerate", "scikit-learn", "numpy")
 
 # What each variant changes in the recipe: fields of the model, fields of the
@@ -63,27 +79,16 @@ VARIANTS = {
 }
 
 
-def emotion():
-    """The reported task, its train split free of held-out texts."""
-    dataset = load_tweet_eval("emotion")
+def reported(task):
+    """A reported task, its train split free of held-out texts."""
+    dataset = load_tweet_eval("emotion") if task == "emotion" else load_six_emotions()
     if source_of(dataset) == "sample":
         raise SystemExit(
-            "results/ is measured on TweetEval itself: set EMOFORMER_DATA to "
-            "a folder that holds it, or connect to the Hub"
+            "results/ is measured on the real data: set EMOFORMER_DATA to a "
+            "folder that holds it, or connect to the Hub"
         )
     dataset["train"] = remove_held_out(dataset["train"], held_out_keys())
     return dataset
-
-
-def score(labels, chosen, num_labels):
-    """The one function that every rung is scored by."""
-    return {
-        "macro_f1": f1_score(
-            labels, chosen, average="macro", labels=range(num_labels),
-            zero_division=0,
-        ),
-        "accuracy": accuracy_score(labels, chosen),
-    }
 
 
 def write_json(value, path):
@@ -92,93 +97,129 @@ def write_json(value, path):
     save_atomically(json.dumps(value, indent=1) + "\n", path)
 
 
-def write_rung(rung, scores, validation, chosen, *, seeds, minutes, parameters):
-    """Put a rung into results/ladder.json and its predictions beside it."""
+def write_part(file, part, value):
+    """Put one part into a JSON file of results/, and leave the others."""
+    path = RESULTS / file
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    write_json(kept | {part: value}, path)
+
+
+def write_rung(rung, task, runs, *, seeds, command, extra_data=(), peak_mib=None):
+    """Put a rung into results/ladder.json and its predictions beside it.
+
+    Each run is a dict with the scores, ``validation_macro_f1``, ``minutes``,
+    ``parameters`` and ``chosen``.
+    """
     path = RESULTS / "ladder.json"
     ladder = json.loads(path.read_text()) if path.exists() else []
-    ladder = [row for row in ladder if (row["rung"], row["task"]) != (rung, "emotion")]
+    ladder = [row for row in ladder if (row["rung"], row["task"]) != (rung, task)]
     ladder.append({
-        "rung": rung, "task": "emotion", "split": "test", "seeds": seeds,
-        "macro_f1": [s["macro_f1"] for s in scores],
-        "accuracy": [s["accuracy"] for s in scores],
-        "validation_macro_f1": validation,
-        "parameters": parameters, "minutes": minutes,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
-        "extra_data": [], "command": f"make reproduce RUNG={rung}",
+        "rung": rung, "task": task, "split": "test", "seeds": seeds,
+        **{
+            key: [run[key] for run in runs]
+            for key in ("macro_f1", "accuracy", "validation_macro_f1", "minutes")
+        },
+        "parameters": runs[0]["parameters"],
+        "peak_mib": peak_mib or peak_memory(),
+        "extra_data": list(extra_data), "command": f"make reproduce RUNG={command}",
         "versions": {name: version(name) for name in PACKAGES},
     })
-    order = [*BASELINES, "scratch"]
-    ladder.sort(key=lambda row: order.index(row["rung"]))
+    ladder.sort(key=lambda row: (row["task"], RUNGS.index(row["rung"])))
     write_json(ladder, path)
-    for seed, ids in zip(seeds, chosen, strict=True):
-        target = RESULTS / "predictions" / rung / f"emotion-seed{seed}.txt"
+    for seed, run in zip(seeds, runs, strict=True):
+        target = RESULTS / "predictions" / rung / f"{task}-seed{seed}.txt"
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_atomically("".join(f"{int(i)}\n" for i in ids), target)
+        write_predictions(target, run["chosen"], 4 if task == "emotion" else 6)
+
+
+def peak_memory():
+    """The most memory that this process has held so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def baseline(rung):
-    """Fit a baseline; its one setting is chosen on validation."""
-    dataset, start = emotion(), time.perf_counter()
-    classes = dataset["train"].features["label"].num_classes
-    tried = []
-    for strength in [1.0] if rung == "majority" else [0.03, 0.1, 0.3, 1.0, 3.0]:
-        model = make_baseline(rung, strength)
-        model.fit(dataset["train"]["text"], dataset["train"]["label"])
-        chosen = model.predict(dataset["validation"]["text"])
-        f1 = score(dataset["validation"]["label"], chosen, classes)["macro_f1"]
-        tried.append((f1, strength, model))
-    best, strength, model = max(tried, key=lambda row: row[0])
-    chosen = model.predict(dataset["test"]["text"])
-    scores = score(dataset["test"]["label"], chosen, classes)
-    weights = getattr(model[-1], "coef_", None)
-    print(f"{rung}: C = {strength}, {scores}")
-    write_rung(
-        rung, [scores], [best], [chosen], seeds=[0],
-        minutes=[(time.perf_counter() - start) / 60],
-        parameters=0 if weights is None else weights.size + len(weights),
-    )
+    """Fit a baseline on both tasks; its settings are chosen on validation."""
+    for task in TASKS:
+        dataset, start = reported(task), time.perf_counter()
+        classes = dataset["train"].features["label"].num_classes
+        tried = []
+        for strength in [1.0] if rung == "majority" else [0.03, 0.1, 0.3, 1.0, 3.0]:
+            for weight in [None] if rung == "majority" else [None, "balanced"]:
+                model = make_baseline(rung, strength, weight)
+                model.fit(dataset["train"]["text"], dataset["train"]["label"])
+                chosen = model.predict(dataset["validation"]["text"])
+                f1 = score(dataset["validation"]["label"], chosen, classes)["macro_f1"]
+                tried.append((f1, strength, weight, model))
+        best, strength, weight, model = max(tried, key=lambda row: row[0])
+        chosen = model.predict(dataset["test"]["text"])
+        weights = getattr(model[-1], "coef_", None)
+        print(f"{rung}, {task}: C = {strength}, class_weight = {weight}")
+        write_rung(rung, task, [{
+            **score(dataset["test"]["label"], chosen, classes), "chosen": chosen,
+            "validation_macro_f1": best, "minutes": (time.perf_counter() - start) / 60,
+            "parameters": 0 if weights is None else weights.size + len(weights),
+        }], seeds=[0], command=rung)
 
 
-def one_run(variant, seed, dataset):
-    """Train one seed of one variant, or read what an earlier call measured."""
-    folder = RUNS / variant / f"seed{seed}"
+def one_run(folder, dataset, fit):
+    """Train once and score on test, or read what an earlier call measured.
+
+    ``fit`` is called with the folder and gives model, tokenizer and history.
+    """
     done = folder / "measured.json"
     if done.exists():
         return json.loads(done.read_text())
-    changes = dict(VARIANTS[variant])
-    balanced = changes.pop("class_weights", False)
-    if variant == "shuffled-labels":
-        order = torch.randperm(
-            len(dataset["train"]), generator=torch.Generator().manual_seed(seed)
-        ).tolist()
-        labels = dataset["train"]["label"]
-        shuffled = dataset["train"].remove_columns("label").add_column(
-            "label", [labels[i] for i in order],
-            feature=dataset["train"].features["label"],
-        )
-        dataset = type(dataset)(dataset | {"train": shuffled})
     start = time.perf_counter()
-    model, tokenizer, history = train_from_scratch(
-        dataset, folder, TrainingConfig(seed=seed, class_weights=balanced),
-        tracker=None, **changes,
-    )
+    model, tokenizer, history = fit(folder)
     minutes = (time.perf_counter() - start) / 60
-    chosen = predict(model, tokenizer, list(dataset["test"]["text"])).argmax(-1)
+    probabilities = predict(model, tokenizer, list(dataset["test"]["text"]))
+    chosen = probabilities.argmax(-1)
     measured = {
         "history": history, "minutes": minutes, "chosen": chosen.tolist(),
+        "probabilities": probabilities.tolist(),
         "parameters": count_parameters(model.config)["total"],
         "validation_macro_f1": max(row["macro_f1"] for row in history),
         **score(dataset["test"]["label"], chosen, model.config.num_labels),
     }
     write_json(measured, done)
+    (folder / "training_state.pt").unlink()  # the run is over; 45 MB each
     return measured
 
 
-def variant(name):
-    """Train a variant over all seeds and write what was measured."""
-    dataset = emotion()
-    runs = [one_run(name, seed, dataset) for seed in tqdm(SEEDS, desc=name)]
-    labels = dataset["test"]["label"]
+def shuffled(dataset, seed):
+    """The same texts with each other's labels: the control that must fail."""
+    order = torch.randperm(
+        len(dataset["train"]), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    labels = dataset["train"]["label"]
+    train = dataset["train"].remove_columns("label").add_column(
+        "label", [labels[i] for i in order],
+        feature=dataset["train"].features["label"],
+    )
+    return type(dataset)(dataset | {"train": train})
+
+
+def variant(name, task="emotion"):
+    """Train a variant over all seeds."""
+    dataset = reported(task)
+    changes = dict(VARIANTS[name])
+    balanced = changes.pop("class_weights", False)
+    runs = []
+    for seed in tqdm(SEEDS, desc=f"{name}, {task}"):
+        given = shuffled(dataset, seed) if name == "shuffled-labels" else dataset
+        config = TrainingConfig(seed=seed, class_weights=balanced)
+        runs.append(one_run(
+            RUNS / name / task / f"seed{seed}", dataset,
+            lambda folder, given=given, config=config: train_from_scratch(
+                given, folder, config, tracker=None, **changes
+            ),
+        ))
+    return dataset, runs
+
+
+def from_scratch(name):
+    """Measure a variant of chapter 08 and write what was measured."""
+    dataset, runs = variant(name)
     summary = {
         "seeds": SEEDS,
         **{
@@ -189,18 +230,25 @@ def variant(name):
     }
     if name == "scratch":
         summary["history"] = [run["history"] for run in runs]
-        summary["confusion"] = sum(
-            confusion_matrix(labels, run["chosen"]) for run in runs
-        ).tolist()
-        write_rung(
-            name, runs, summary["validation_macro_f1"],
-            [run["chosen"] for run in runs], seeds=SEEDS,
-            minutes=summary["minutes"], parameters=summary["parameters"],
-        )
+        summary["confusion"] = confusion_of(dataset, runs)
+        write_rung(name, "emotion", runs, seeds=SEEDS, command=name)
     path = RESULTS / "scratch.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept[name] = summary
     write_json({known: kept[known] for known in VARIANTS if known in kept}, path)
+
+
+def confusion_of(dataset, runs):
+    """True against predicted, summed over seeds."""
+    labels = dataset["test"]["label"]
+    classes = dataset["test"].features["label"].num_classes
+    return sum(confusion_matrix(labels, run["chosen"], classes) for run in runs).tolist()
+
+
+def scratch_six():
+    """Chapter 08's recipe on the six emotions."""
+    _, runs = variant("scratch", "six")
+    write_rung("scratch", "six", runs, seeds=SEEDS, command="scratch-six")
 
 
 # The pretrained model: few enough parameters that two models in half precision
@@ -252,7 +300,7 @@ def pretraining():
         rate, peak = json.loads(done.read_text()).values()
     else:  # of the part that this call ran
         rate = (tokens - before) / seconds
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        peak = peak_memory()
         write_json({"tokens_per_second": rate, "peak_mib": peak}, done)
     save_half(MODELS / "pretrained", model.eval(), tokenizer, names)
     texts = config.batch_size * history[-1]["step"]
@@ -270,30 +318,266 @@ def pretraining():
     })
 
 
-def write_part(file, part, value):
-    """Put one part into a JSON file of results/, and leave the others."""
-    path = RESULTS / file
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    write_json(kept | {part: value}, path)
+ABLATION = {
+    "words": (None, 1.0, 0.0),
+    "emoji": (["emoji"], 0.0, 1.0),
+    "go_emotions": (["go_emotions"], 0.0, 1.0),
+    "mixture": (None, 1.0, 1.0),
+}
+ABLATION_STEPS, FEW_SEEDS = 400, [0, 1, 2]
 
 
-STAGES = {"pretraining": pretraining}
+def ablation():
+    """Pretrain on one thing at a time, the same number of steps each."""
+    mixture, _ = real_mixture()
+    tokenizer, dataset = mixture_tokenizer(mixture), reported("emotion")
+    variants, minutes = {}, {}
+    for name in ["none", *ABLATION]:
+        model, _ = fresh_encoder(mixture, tokenizer)
+        minutes[name] = 0.0
+        if name != "none":
+            pieces, words, labels = ABLATION[name]
+            folder = RUNS / "ablation" / name
+            part = {k: mixture[k] for k in pieces or mixture}
+            model, outputs = fresh_encoder(part, tokenizer)
+            if not (folder / "config.json").exists():
+                start = time.perf_counter()
+                pretrain(model, tokenizer, part, PretrainingConfig(
+                    epochs=100, steps=ABLATION_STEPS, words=words, labels=labels,
+                ), folder)
+                save_half(folder, model, tokenizer, outputs)
+                write_json((time.perf_counter() - start) / 60, folder / "minutes.json")
+            model, _, _ = load_half(folder, PretrainingModel)
+            minutes[name] = json.loads((folder / "minutes.json").read_text())
+        runs = finetuned(model, tokenizer, "emotion", f"ablation/{name}", FEW_SEEDS, dataset)
+        variants[name] = {"seeds": FEW_SEEDS} | {
+            key: [run[key] for run in runs]
+            for key in ("macro_f1", "accuracy", "validation_macro_f1")
+        }
+    write_part("pretraining.json", "ablation", {
+        "steps": ABLATION_STEPS, "minutes": minutes, "variants": variants,
+    })
+
+
+def finetuned(model, tokenizer, task, where, seeds, dataset, config=FINETUNING, **options):
+    """Fine-tune over several seeds, or read what was measured before."""
+    return [
+        one_run(
+            RUNS / where / task / f"seed{seed}", dataset,
+            lambda folder, seed=seed: with_tokenizer(tokenizer, finetune(
+                model, tokenizer, dataset, replace(config, seed=seed), folder, **options
+            )),
+        )
+        for seed in tqdm(seeds, desc=f"{where}, {task}")
+    ]
+
+
+def with_tokenizer(tokenizer, model_and_history):
+    """Model, tokenizer, history: the order of `train_from_scratch`."""
+    model, history = model_and_history
+    return model, tokenizer, history
+
+
+CARD = {
+    "Intended use": """
+Teaching: the model of the book *Emoformer*, built and trained from nothing. It
+names the emotion that a short English post most likely expresses. It is not made
+to judge people, to moderate, or to decide anything about anybody.""",
+    "Limits": """
+Trained on English comments from Reddit and tweets, labelled by few people each.
+It reads 64 tokens. Negation, irony and quotation often fool it, and it always
+answers with one of six emotions, also where there is none. Its training texts hold
+offensive language and the prejudices of those who wrote them.""",
+}
+
+
+def pretrained():
+    """Fine-tune the pretrained encoder on both tasks; save the six-emotion model."""
+    model, tokenizer, names = load_half(MODELS / "pretrained", PretrainingModel)
+    pieces = json.loads((RESULTS / "pretraining.json").read_text())["main"]["pieces"]
+    for task in TASKS:
+        dataset = reported(task)
+        runs = finetuned(model, tokenizer, task, "pretrained", SEEDS, dataset)
+        write_rung(
+            "pretrained", task, runs, seeds=SEEDS, command="pretrained",
+            extra_data=pieces,
+        )
+        write_part("finetuning.json", task, {"confusion": confusion_of(dataset, runs)})
+        together = torch.tensor([run["probabilities"] for run in runs]).mean(dim=0)
+        chosen = together.argmax(-1)
+        write_rung("pretrained-ensemble", task, [{
+            **score(dataset["test"]["label"], chosen, together.shape[1]),
+            "validation_macro_f1": ensemble_on_validation(dataset, task),
+            "minutes": sum(run["minutes"] for run in runs), "chosen": chosen.tolist(),
+            "parameters": len(SEEDS) * runs[0]["parameters"],
+        }], seeds=[0], command="pretrained", extra_data=pieces)
+    best = max(SEEDS, key=lambda seed: runs[seed]["validation_macro_f1"])
+    six, tokenizer, labels = load_model(RUNS / "pretrained" / "six" / f"seed{best}")
+    save_finetuned(MODELS / "six", six, tokenizer, labels, {
+        "Intended use": CARD["Intended use"],
+        "Data": f"""
+Pretrained on {sum(pieces.values()):,} texts: {", ".join(pieces)} (GoEmotions and
+TweetEval), by guessing words and labels. Fine-tuned on the {len(dataset["train"]):,} train
+comments of GoEmotions with exactly one of the six labels. No validation or test text of
+the two reported tasks was trained on.""",
+        "Numbers": f"""
+Macro-F1 on the {len(dataset["test"])} test comments: this model
+{100 * runs[best]["macro_f1"]:.1f}, five seeds {100 * mean(r["macro_f1"] for r in runs):.1f} on
+average (the seed was chosen on validation). {runs[best]["parameters"]:,} parameters.""",
+        "Limits": CARD["Limits"],
+    })
+
+
+def ensemble_on_validation(dataset, task):
+    """Macro-F1 of the seeds' mean probabilities on validation."""
+    texts, labels = list(dataset["validation"]["text"]), dataset["validation"]["label"]
+    together = sum(
+        predict(*load_model(RUNS / "pretrained" / task / f"seed{seed}")[:2], texts)
+        for seed in SEEDS
+    )
+    return score(labels, together.argmax(-1), together.shape[1])["macro_f1"]
+
+
+CHOICES = {
+    "recipe": {},
+    "learning rate 1e-4": {"learning_rate": 1e-4},
+    "learning rate 1e-3": {"learning_rate": 1e-3},
+    "all parts alike": {"head_scale": 1.0, "layer_decay": 1.0},
+    "embedding frozen": {"frozen": 1},
+    "all but the head frozen": {"frozen": 4},
+}
+
+
+def folds():
+    """Four folds of the emotion task's train and validation texts together."""
+    dataset = reported("emotion")
+    whole = concatenate_datasets([dataset["train"], dataset["validation"]])
+    parts = StratifiedKFold(4, shuffle=True, random_state=0)
+    for learn, held in parts.split(whole["text"], whole["label"]):
+        yield DatasetDict(train=whole.select(learn), validation=whole.select(held))
+
+
+def choices():
+    """Compare recipes by cross-validation; test is not touched."""
+    model, tokenizer, _ = load_half(MODELS / "pretrained", PretrainingModel)
+    mixture, _ = real_mixture()
+    rows, forgetting = [], []
+    before = word_loss(model, tokenizer, mixture)
+    for name, changes in CHOICES.items():
+        options = {
+            k: v for k, v in changes.items() if k not in TrainingConfig.__dataclass_fields__
+        }
+        training = {k: v for k, v in changes.items() if k not in options}
+        histories, after = [], []
+        for seed, dataset in enumerate(folds()):
+            folder = RUNS / "choices" / name.replace(" ", "-") / f"fold{seed}"
+            done = folder / "measured.json"
+            if not done.exists():
+                config = replace(FINETUNING, seed=seed, **training)
+                tuned, history = finetune(
+                    model, tokenizer, dataset, config, folder, **options
+                )
+                write_json({
+                    "history": history,
+                    "words": word_loss(model, tokenizer, mixture, tuned),
+                }, done)
+                for file in ("training_state.pt", "best_model.pt"):
+                    (folder / file).unlink()
+            measured = json.loads(done.read_text())
+            histories.append([row["macro_f1"] for row in measured["history"]])
+            after.append(measured["words"])
+        rows.append({
+            "name": name, "changes": changes, "seeds": list(range(len(histories))),
+            "validation_macro_f1": [max(h) for h in histories],
+            "validation_by_epoch": histories,
+        })
+        forgetting.append({
+            "name": name, "words_before": before, "words_after": after,
+        })
+        print(name, f"{100 * mean(h[-1] for h in histories):.1f}", flush=True)
+        write_part("finetuning.json", "choices", rows)
+        write_part("finetuning.json", "forgetting", forgetting)
+
+
+@torch.no_grad()
+def word_loss(pretrained, tokenizer, mixture, tuned=None):
+    """How surprised the old words' head is, on the old body or a tuned one."""
+    body = (tuned or pretrained.classifier).eval()
+    texts = list(mixture["unlabelled"]["text"])
+    rows = encode(tokenizer, texts, max_len=body.config.max_len)
+    generator, total, count = torch.Generator().manual_seed(0), 0.0, 0
+    for indices in bucket_by_length([len(row) for row in rows], batch_size=128):
+        batch = make_batch([rows[i] for i in indices], vocab_size=body.config.vocab_size)
+        spoilt, chosen = corrupt(
+            batch["input_ids"], vocab_size=body.config.vocab_size, share=0.15,
+            generator=generator,
+        )
+        hidden = body.encode(spoilt, batch["attention_mask"])[chosen]
+        loss = masked_language_loss(
+            pretrained.masked_head(hidden), batch["input_ids"], chosen
+        )
+        total, count = total + loss.item() * len(hidden), count + len(hidden)
+    return total / count
+
+
+COUNTS = [32, 128, 512, 1024]
+
+
+def few():
+    """Learn from few tweets, from scratch and pretrained."""
+    model, tokenizer, _ = load_half(MODELS / "pretrained", PretrainingModel)
+    dataset = reported("emotion")
+    curves = {"scratch": [], "pretrained": []}
+    for count in COUNTS:
+        runs = {"scratch": [], "pretrained": []}
+        for seed in FEW_SEEDS:
+            small = DatasetDict(dataset | {"train": take_few(dataset["train"], count, seed)})
+            # About as many steps as with all tweets, at most 40 epochs.
+            config = replace(FINETUNING, epochs=min(40, 6 * len(dataset["train"]) // count))
+            runs["pretrained"] += finetuned(
+                model, tokenizer, "emotion", f"few/pretrained-{count}", [seed], small, config
+            )
+            config = TrainingConfig(
+                seed=seed, epochs=min(80, 12 * len(dataset["train"]) // count)
+            )
+            runs["scratch"].append(one_run(
+                RUNS / "few" / f"scratch-{count}" / f"seed{seed}", dataset,
+                lambda folder, small=small, config=config: train_from_scratch(
+                    small, folder, config, tracker=None, vocab_size=4000
+                ),
+            ))
+        for name in curves:
+            curves[name].append([run["macro_f1"] for run in runs[name]])
+    ladder = json.loads((RESULTS / "ladder.json").read_text())
+    for name in curves:
+        row = next(r for r in ladder if (r["rung"], r["task"]) == (name, "emotion"))
+        curves[name].append(row["macro_f1"][: len(FEW_SEEDS)])
+    write_part("finetuning.json", "few", {
+        "counts": [*COUNTS, len(dataset["train"])], "seeds": FEW_SEEDS, **curves,
+    })
+
+
+# In the order in which each finds what it needs.
+STAGES = {
+    **{name: partial(baseline, name) for name in BASELINES},
+    **{name: partial(from_scratch, name) for name in VARIANTS},
+    "scratch-six": scratch_six,
+    "pretraining": pretraining,
+    "ablation": ablation,
+    "choices": choices,
+    "pretrained": pretrained,
+    "few": few,
+}
 
 
 def main(names):
     """Measure the named rungs, or all of them in processes of their own."""
-    known = [*BASELINES, *VARIANTS, *STAGES]
     for name in names:
-        if name not in known:
-            raise SystemExit(f"a rung must be one of {', '.join(known)}: {name!r}")
-        if name in BASELINES:
-            baseline(name)
-        elif name in VARIANTS:
-            variant(name)
-        else:
-            STAGES[name]()
+        if name not in STAGES:
+            raise SystemExit(f"a rung must be one of {', '.join(STAGES)}: {name!r}")
+        STAGES[name]()
     if not names:
-        for name in tqdm(known, desc="rungs"):
+        for name in tqdm(STAGES, desc="rungs"):
             subprocess.run([sys.executable, __file__, name], check=True)
         tools = Path(__file__).parent
         subprocess.run([sys.executable, tools / "prose_numbers.py", "--write"], check=True)
