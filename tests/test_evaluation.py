@@ -381,6 +381,15 @@ def test_typos_follow_the_generator_and_the_share():
             assert set(after) <= set(before)
 
 
+def test_typos_depend_on_the_generator_alone():
+    text = " ".join(["several", "words", "become", "misspelt"] * 10)
+    random.seed(0)
+    one = add_typos(text, random.Random(2), 0.5)
+    state = random.getstate()
+    assert add_typos(text, random.Random(2), 0.5) == one
+    assert random.getstate() == state
+
+
 def test_each_kind_of_typo_is_one_slip():
     seen = {add_typos("abcd", random.Random(seed), 1.0) for seed in range(300)}
     swaps = {"bacd", "acbd", "abdc"}
@@ -426,6 +435,12 @@ def test_a_bin_holds_its_upper_edge():
     share, confidence, _ = reliability(rows, [0, 0, 0], bins=4)
     assert share.tolist() == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3])
     assert confidence.tolist() == [0, 0.5, 0.75, 1]
+
+
+def test_a_sum_a_hair_above_one_stays_in_the_last_bin():
+    rows = torch.tensor([[1.0000002, 0.0]])
+    assert rows[0, 0] > 1
+    assert expected_calibration_error(rows, [0]) == pytest.approx(0, abs=1e-6)
 
 
 @given(st.integers(1, 60), st.integers(2, 6), st.integers(1, 20), st.integers(0, 999))
@@ -486,6 +501,17 @@ def test_temperature_is_the_best_of_many(seed):
         return torch.nn.functional.cross_entropy(logits / t, labels).item()
 
     assert all(loss(found) <= loss(t) + 1e-9 for t in np.geomspace(0.05, 50, 200))
+
+
+def test_at_the_temperature_belief_equals_truth():
+    """The slope is zero there, to the precision of float64, whatever comes in."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(300, 3, generator=generator).mul(3).requires_grad_()
+    labels = drawn_from(logits.detach() / 2, 6)
+    exact = logits.detach().double()
+    believed = (exact / fit_temperature(logits, labels)).softmax(-1)
+    gap = (believed * exact).sum(-1) - exact.gather(1, labels[:, None])[:, 0]
+    assert abs(gap.mean().item()) < 1e-12
 
 
 def test_temperature_changes_no_answer_and_takes_log_probabilities():

@@ -64,16 +64,17 @@ def describe_pretraining(parts):
             "texts": f"{sum(main['pieces'].values()):,}",
             "parameters": f"{main['parameters']:,}",
             "peak_gib": f"{main['peak_mib'] / 1024:.1f}",
-            "operations": f"{main['flops'] / 1e15:.2f}",  # times 10 to the 15
+            "operations": f"{main['flops'] / 1e12:,.0f}",  # times 10 to the 12
             "epochs": str(main["config"]["epochs"]),
             "steps": f"{history[-1]['step']:,}",
             "vocab_size": f"{vocabulary:,}",
             "nothing": f"{math.log(vocabulary):.2f}",
-            "perplexity": f"{math.exp(history[-1]['words']):.0f}",
         }
         for loss in ("words", "labels"):
+            last = statistics.mean(row[loss] for row in history[-5:])
             named[f"{loss}.first"] = f"{history[0][loss]:.2f}"
-            named[f"{loss}.last"] = f"{history[-1][loss]:.2f}"
+            named[f"{loss}.last"] = f"{last:.2f}"
+            named[f"{loss}.perplexity"] = f"{math.exp(last):.0f}"
         named = {f"pretraining.{name}": value for name, value in named.items()}
     race = parts.get("ablation", {"steps": 0, "minutes": {}, "variants": {}})
     named["ablation.steps"] = f"{race['steps']:,}"
