@@ -218,11 +218,13 @@ def bootstrap(labels, chosen, num_labels, *, resamples=1000, seed=0):
         raise ValueError(f"resamples must be at least 1, but it is {resamples}")
     cells, kinds = labels * num_labels + chosen, num_labels**2  # as above
     generator = torch.Generator().manual_seed(seed)
-    drawn = cells[torch.randint(
-        len(cells), (resamples, len(cells)), generator=generator
-    )]  # (resamples, texts)
+    drawn = cells[
+        torch.randint(len(cells), (resamples, len(cells)), generator=generator)
+    ]  # (resamples, texts)
     offsets = kinds * torch.arange(resamples)[:, None]
-    counts = torch.bincount((drawn + offsets).flatten(), minlength=resamples * kinds)
+    counts = torch.bincount(
+        (drawn + offsets).flatten(), minlength=resamples * kinds
+    )
     confusions = counts.view(resamples, num_labels, num_labels)
     return precision_recall_f1(confusions)[2].mean(dim=-1)
 
@@ -379,10 +381,16 @@ def reliability(probabilities, labels, *, bins=10):
     count, sure, right = (
         torch.zeros(bins, dtype=torch.float64).index_add(0, place, values)
         for values in (
-            torch.ones_like(confidence), confidence, (chosen == labels).double()
+            torch.ones_like(confidence),
+            confidence,
+            (chosen == labels).double(),
         )
     )
-    return count / len(labels), sure / count.clamp_min(1), right / count.clamp_min(1)
+    return (
+        count / len(labels),
+        sure / count.clamp_min(1),
+        right / count.clamp_min(1),
+    )
 
 
 def expected_calibration_error(probabilities, labels, *, bins=10):

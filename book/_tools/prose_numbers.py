@@ -76,7 +76,8 @@ def describe_pretraining(parts):
             named[f"{loss}.last"] = f"{last:.2f}"
             named[f"{loss}.perplexity"] = f"{math.exp(last):.0f}"
         named = {f"pretraining.{name}": value for name, value in named.items()}
-    race = parts.get("ablation", {"steps": 0, "minutes": {}, "variants": {}})
+    if not (race := parts.get("ablation")):
+        return named
     named["ablation.steps"] = f"{race['steps']:,}"
     for start, row in race["variants"].items():
         for key in PERCENT:

@@ -324,7 +324,7 @@ ABLATION = {
     "go_emotions": (["go_emotions"], 0.0, 1.0),
     "mixture": (None, 1.0, 1.0),
 }
-ABLATION_STEPS, FEW_SEEDS = 300, [0, 1, 2]
+ABLATION_STEPS, FEW_SEEDS = 250, [0, 1, 2]
 
 
 def ablation():
@@ -447,7 +447,6 @@ CHOICES = {
     "recipe": {},
     "learning rate 1e-4": {"learning_rate": 1e-4},
     "learning rate 1e-3": {"learning_rate": 1e-3},
-    "embedding frozen": {"frozen": 1},
     "all but the head frozen": {"frozen": 4},
 }
 
