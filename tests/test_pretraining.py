@@ -447,8 +447,8 @@ def test_it_starts_at_ln_of_what_it_chooses_among(tmp_path, tokenizer, pieces):
 
 
 def test_one_batch_can_be_memorised(tmp_path, tokenizer, pieces):
-    few = {"six": pieces["six"].select(range(6))}
-    config = PretrainingConfig(epochs=200, batch_size=6, learning_rate=1e-2, bpe_dropout=0.0)
+    few = {"six": pieces["six"].select(range(4))}
+    config = PretrainingConfig(epochs=200, batch_size=4, learning_rate=1e-2, bpe_dropout=0.0)
     model = make_model(6, d_model=32, d_ff=64, dropout=0.0, norm_first=True)
     history = pretrain(model, tokenizer, few, config, tmp_path, report=20)
     assert history[0]["words"] > 3
@@ -524,6 +524,30 @@ def test_each_pass_and_each_step_has_other_holes(monkeypatch, tmp_path, tokenize
     assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
 
 
+@pytest.mark.parametrize("bpe_dropout", [0.0, 0.3])
+def test_each_pass_is_shuffled_and_cut_anew(
+    monkeypatch, tmp_path, tokenizer, pieces, bpe_dropout
+):
+    cuts, orders, real = [], [], pretraining.bucket_by_length
+
+    class Watched(pretraining.WordCutter):
+        def __call__(self, seed):
+            cuts.append(super().__call__(seed))
+            return cuts[-1]
+
+    def watched(lengths, **options):
+        orders.append(real(lengths, **options))
+        return orders[-1]
+
+    monkeypatch.setattr(pretraining, "WordCutter", Watched)
+    monkeypatch.setattr(pretraining, "bucket_by_length", watched)
+    config = PretrainingConfig(epochs=2, batch_size=50, bpe_dropout=bpe_dropout)
+    pretrain(make_model(), tokenizer, pieces, config, tmp_path)
+    assert len(cuts) == len(orders) == 2
+    assert orders[0] != orders[1]
+    assert (cuts[0] != cuts[1]) == (bpe_dropout > 0)
+
+
 def test_a_weight_of_zero_teaches_nothing(tmp_path, tokenizer, pieces):
     words_only, labels_only = make_model(), make_model()
     config = {"steps": 3, "batch_size": 16}
@@ -535,13 +559,88 @@ def test_a_weight_of_zero_teaches_nothing(tmp_path, tokenizer, pieces):
     assert (labels_only.classifier.head.bias != 0).any()
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_precisions_run_and_weights_stay_float32(tmp_path, tokenizer, pieces, precision):
+@pytest.mark.parametrize(("precision", "dtype"), [
+    ("no", torch.float32), ("bf16", torch.bfloat16),
+])
+def test_precisions_run_and_weights_stay_float32(
+    monkeypatch, tmp_path, tokenizer, pieces, precision, dtype
+):
+    seen, real = [], masked_language_loss
+
+    def watched(logits, *rest):
+        seen.append(logits.dtype)
+        return real(logits, *rest)
+
+    monkeypatch.setattr(pretraining, "masked_language_loss", watched)
     model = make_model()
     config = PretrainingConfig(steps=2, batch_size=16, precision=precision)
     history = pretrain(model, tokenizer, pieces, config, tmp_path)
+    assert seen == [dtype] * 2
     assert math.isfinite(history[-1]["words"])
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_steps_end_a_run_in_the_middle_of_an_epoch(monkeypatch, tmp_path, tokenizer, pieces):
+    asked = []
+
+    def nothing(step, **options):
+        asked.append((step, options))
+        return 0.0
+
+    monkeypatch.setattr(pretraining, "learning_rate_factor", nothing)
+    model = make_model()
+    config = PretrainingConfig(steps=5, batch_size=16, warmup=0.4)  # 7 steps an epoch
+    history = pretrain(model, tokenizer, pieces, config, tmp_path, report=2)
+    assert [row["step"] for row in history] == [2, 4, 5]
+    assert asked == [(step, {"warmup": 2, "total": 5}) for step in range(5)]
+    assert same_weights(model, make_model())  # a rate of 0: nothing moved
+
+
+def test_three_steps_equal_the_same_steps_by_hand(tmp_path, tokenizer, pieces):
+    config = PretrainingConfig(
+        steps=3, batch_size=16, clip=0.05, words=0.7, labels=1.3, weight_decay=0.1,
+        precision="no",
+    )
+    model, own = make_model(), make_model()
+    (report,) = pretrain(model, tokenizer, pieces, config, tmp_path)
+
+    texts, labels, piece, allowed = pretraining._spread_out(pieces)
+    rows = pretraining.WordCutter(tokenizer, texts, dropout=0.1, max_len=32, ways=6)(0)
+    batches = pretraining.bucket_by_length([len(row) for row in rows], batch_size=16, seed=0)
+    optimizer = torch.optim.AdamW([
+        {"params": [p for p in own.parameters() if p.ndim == k], "weight_decay": decay}
+        for k, decay in ((2, 0.1), (1, 0.0))
+    ], fused=True)
+    losses = []
+    for step in range(3):
+        batch = make_batch([rows[i] for i in batches[step]], vocab_size=300)
+        torch.manual_seed(step)  # for dropout
+        spoilt, chosen = corrupt(
+            batch["input_ids"], vocab_size=300, share=0.15, generator=dice(step)
+        )
+        own.train()
+        label_logits, word_logits = own(spoilt, batch["attention_mask"], chosen)
+        of_words = functional.cross_entropy(word_logits, batch["input_ids"][chosen])
+        of_labels = sum(
+            functional.cross_entropy(
+                label_logits[i].masked_fill(~allowed[piece[j]], -math.inf), labels[j]
+            )
+            for i, j in enumerate(batches[step]) if labels[j] >= 0
+        ) / 16
+        own.zero_grad()
+        (0.7 * of_words + 1.3 * of_labels).backward()
+        length = nn.utils.clip_grad_norm_(own.parameters(), 0.05)
+        assert length > 0.05  # or clipping would not be tested
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (3 - step) / 3
+        optimizer.step()
+        losses.append((of_words.item(), of_labels.item()))
+    assert report["words"] == pytest.approx(sum(w for w, _ in losses) / 3, abs=1e-5)
+    assert report["labels"] == pytest.approx(sum(x for _, x in losses) / 3, abs=1e-5)
+    for (name, ours), theirs in zip(
+        model.state_dict().items(), own.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5, msg=name)
 
 
 def test_other_settings_and_other_labels_are_refused(tmp_path, tokenizer, pieces):
