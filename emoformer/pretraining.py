@@ -344,7 +344,7 @@ def pretrain(model, tokenizer, mixture, config, folder, *, report=100):
 
     Args:
         model: a `PretrainingModel` whose outputs are those of
-            `label_table(mixture)`.
+            ``label_table(mixture)``.
         tokenizer: its tokenizer.
         mixture: a dict of Datasets, as from `load_mixture`.
         config: a `PretrainingConfig`.
