@@ -448,9 +448,9 @@ def test_it_starts_at_ln_of_what_it_chooses_among(tmp_path, tokenizer, pieces):
 
 def test_one_batch_can_be_memorised(tmp_path, tokenizer, pieces):
     few = {"six": pieces["six"].select(range(4))}
-    config = PretrainingConfig(epochs=200, batch_size=4, learning_rate=1e-2, bpe_dropout=0.0)
-    model = make_model(6, d_model=32, d_ff=64, dropout=0.0, norm_first=True)
-    history = pretrain(model, tokenizer, few, config, tmp_path, report=20)
+    config = PretrainingConfig(epochs=150, batch_size=4, learning_rate=1e-2, bpe_dropout=0.0)
+    model = make_model(6, d_model=64, d_ff=128, dropout=0.0, norm_first=True)
+    history = pretrain(model, tokenizer, few, config, tmp_path, report=15)
     assert history[0]["words"] > 3
     assert history[-1]["words"] < 1
     assert history[-1]["labels"] < 0.05
