@@ -174,7 +174,7 @@ def take_few(dataset, count, seed):
         )
     order = list(range(len(dataset)))
     random.Random(seed).shuffle(order)
-    labels, taken, waiting = dataset["label"], [], []
+    labels, taken, waiting = list(dataset["label"]), [], []
     seen = set()
     for i in order:  # the first of each class comes first
         (waiting if labels[i] in seen else taken).append(i)
