@@ -627,6 +627,10 @@ def train(
     settings = {
         "training": asdict(config), "model": asdict(plain.config),
         "posts": len(labels),
+        "groups": [
+            [group.get("scale", 1.0), group["weight_decay"], len(group["params"])]
+            for group in optimizer.param_groups
+        ],
     }
     history = resume(
         folder / "training_state.pt", settings, plain, optimizer

@@ -304,6 +304,17 @@ def test_every_argument_reaches_the_run(pretrained, tokenizer, few, tmp_path, mo
 
 
 # -- few labels -------------------------------------------------------------
+@pytest.mark.parametrize("other", [
+    {"head_scale": 2.0}, {"layer_decay": 0.5}, {"frozen": 1},
+])
+def test_a_run_at_another_pace_is_not_taken_up(pretrained, tokenizer, few, tmp_path, other):
+    config = TrainingConfig(epochs=1, precision="no")
+    _, history = finetune(pretrained, tokenizer, few, config, tmp_path)
+    assert finetune(pretrained, tokenizer, few, config, tmp_path)[1] == history
+    with pytest.raises(ValueError, match="with its own settings only"):
+        finetune(pretrained, tokenizer, few, config, tmp_path, **other)
+
+
 def dataset_of(labels, classes):
     return Dataset.from_dict(
         {"text": [f"post {i}" for i in range(len(labels))], "label": labels},
