@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 
 from .bench import find_battery, run_battery
+from .swap import Refused, use  # noqa: F401
 
 for _module in pkgutil.iter_modules(__path__):
     if _module.name != "__main__":

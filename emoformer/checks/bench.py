@@ -180,13 +180,18 @@ def find_battery(thing, name=None):
     Raises:
         ValueError: there is no check by that name, or none that fits.
     """
+    if isinstance(thing, nn.Module) or not callable(thing):
+        raise ValueError(
+            "a class or a function must be checked, not what was made from it, "
+            f"but this is a {type(thing).__name__} object: pass the class itself"
+        )
     own = name or getattr(thing, "__name__", type(thing).__name__)
-    plain = re.sub(r"[\W_]|\d+$", "", own).lower()
+    plain = re.sub(r"[\W_]", "", own).lower()
     kind = "class" if inspect.isclass(thing) else "function"
     fits = [
         battery for battery in BATTERIES.values()
-        if battery.name.replace("_", "").lower() in plain
-        and (name or battery.kind == kind)
+        if (battery.name == name if name else battery.kind == kind
+            and battery.name.replace("_", "").lower() in plain)
     ]
     if not fits:
         known = ", ".join(b.name for b in BATTERIES.values() if b.kind == kind)
