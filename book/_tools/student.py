@@ -21,7 +21,7 @@ from emoformer.checks.bench import BATTERIES
 
 ROOT = Path(__file__).resolve().parents[2]
 SOLUTION = re.compile(
-    r"<details>\s*<summary>Solution</summary>.*?</details>\n*", re.DOTALL
+    r"<details>\s*<summary>Solution[^<]*</summary>.*?</details>\n*", re.DOTALL
 )
 MAKEFILE = """\
 PYTHON ?= ../.venv/bin/python
