@@ -25,7 +25,7 @@ def check(thing, name=None):
             from the name it has.
 
     Returns:
-        A `bench.Report`; ``.passed`` says whether all is well.
+        A ``Report``; its ``.passed`` says whether all is well.
 
     Raises:
         ValueError: the name fits none of the checks.

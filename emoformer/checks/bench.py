@@ -87,7 +87,8 @@ class Report:
     Args:
         name: the reader's class or function.
         battery: what it was checked as.
-        rows: one `Row` a property.
+        rows: one row a property, with ``name``, ``passed`` (None where it could
+            not be looked at) and ``hint``.
         notes: things the reader should know that are no failure.
     """
 
@@ -124,7 +125,9 @@ class Report:
         lines.append(f"{held} of {looked} hold.")
         return "\n".join(lines)
 
-    __repr__ = __str__
+    def __repr__(self):
+        verdict = "passed" if self.passed else f"{len(self.failures)} failed"
+        return f"<Report on {self.name}: {verdict}>"
 
     def _ipython_display_(self):
         """Show nothing: `check` has printed it already."""
@@ -484,6 +487,7 @@ def run_battery(thing, battery):
                     f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
                     f". The expected signature is {battery.signature}"
                 )
+            row.hint = " ".join(row.hint.split())  # a value may print in lines
             report.rows.append(row)
             torch.set_grad_enabled(True)
             torch.set_default_dtype(torch.float32)

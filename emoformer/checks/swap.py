@@ -28,7 +28,7 @@ class Refused(ValueError):  # noqa: N818
 
     Args:
         text: why.
-        report: the `bench.Report` of the check, where that failed.
+        report: the report of the check, where that failed.
     """
 
     def __init__(self, text, report=None):
