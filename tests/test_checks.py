@@ -1,6 +1,7 @@
 """The reader's bench: each mistake gets its hint, and a check disturbs nothing."""
 
 import importlib
+import importlib.util
 import inspect
 import pdb
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -25,6 +27,7 @@ from emoformer.encoder import EncoderLayer, LayerNorm
 from tests.bank import hint_given, load, quietly
 from tests.bank.attention import Fused, HeadByHead, MaskInverted, ResidualInside, Written
 
+ROOT = Path(__file__).resolve().parents[1]
 MISTAKES, RIGHT = load()
 MODULES = ("data", "tokens", "embedding", "attention", "feedforward", "encoder",
            "classifier", "training", "evaluation", "pretraining", "finetuning")
@@ -100,6 +103,15 @@ def test_bank_prints_a_row_a_mistake_and_fails_when_one_slips_through(monkeypatc
     monkeypatch.setattr(command, "load", lambda: (entries, refused))
     assert command.main() == 1
     assert "REFUSED" in capsys.readouterr().out
+
+
+def test_appendix_is_written_from_the_bank():
+    path = ROOT / "book" / "_tools" / "mistakes.py"
+    spec = importlib.util.spec_from_file_location("mistakes", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.PAGE.read_text("utf-8") == tool.page(), (
+        "run: python book/_tools/mistakes.py")
 
 
 # What a reader's code may do to a check
@@ -264,6 +276,7 @@ def test_report_prints_each_property_and_shows_nothing_twice(capsys):
     assert out.rstrip("\n") == str(report)
     assert "FAIL  does not look at padding" in out and "  pass  " in out
     assert report._ipython_display_() is None
+    assert repr(report).startswith("<Report on MaskInverted: ")
     assert check(Written, "MultiHeadSelfAttention").passed is True
 
 
@@ -271,6 +284,12 @@ def test_other_argument_names_are_read_and_noted():
     report = quietly(HeadByHead, "MultiHeadSelfAttention")
     assert report.passed
     assert any("read n_heads as num_heads" in note for note in report.notes)
+
+    class Early(nn.Module):
+        def __init__(self, dim, num_heads, dropout=0.1):
+            self.query = nn.Linear(dim, dim)
+
+    assert "super().__init__() must come first" in failing(Early, "MultiHeadSelfAttention")
 
     class Odd(nn.Module):
         def __init__(self, alpha, beta):
@@ -423,6 +442,19 @@ def test_every_layer_has_a_socket():
     assert set(sockets()) >= {
         "Embedding", "MultiHeadSelfAttention", "FeedForward", "gelu", "LayerNorm",
         "EncoderLayer", "TransformerEncoder"}
+
+
+def test_saved_weights_load_into_the_readers_layer():
+    from emoformer.pretraining import PretrainingModel, load_half
+
+    folder = ROOT / "book" / "_static" / "models" / "pretrained"
+    ids = torch.randint(5, 100, (2, 7))
+    with torch.no_grad():
+        wanted = load_half(folder, PretrainingModel)[0](ids)[0]
+        with use(MultiHeadSelfAttention=Written):
+            model, _, _ = load_half(folder, PretrainingModel)
+        assert attention_of(model.classifier) == {Written}
+        torch.testing.assert_close(model(ids)[0], wanted, rtol=0, atol=1e-4)
 
 
 def test_training_runs_on_the_readers_layer(tmp_path):

@@ -119,11 +119,12 @@ def exercises(notebook):
     whole = "\n".join(cell.source for cell in prose(notebook))
     part = whole.partition("## Exercises")[2].partition("## Sources")[0]
     heads = re.findall(r"^\*\*\d+\. .*?\*\* \((.*?)\)", part, re.M | re.S)
-    if len(heads) < 4:
-        yield f"needs at least 4 exercises, has {len(heads)}"
+    primer = whole.startswith("# Primer")
+    if not (4 if primer else 6) <= len(heads) <= 10:
+        yield f"needs 6 to 10 exercises (a primer 4), has {len(heads)}"
     for head in heads:
         if not re.search(
-                r"(\d+ minutes?|an hour),\s+(easy|medium|hard)", head):
+                r"(\d+ minutes?|an hour|an afternoon),\s+(easy|medium|hard)", head):
             yield f"an exercise says minutes and difficulty, not {head!r}"
     solved = part.count("<summary>Solution</summary>") + sum(
         "hide-cell" in tags(cell) for cell in code(notebook)

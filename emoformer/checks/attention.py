@@ -3,14 +3,28 @@
 import itertools
 import math
 import re
+import weakref
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from .bench import Battery, Broke, Skip, Wrong
-from .bench import expect, expect_dropout, expect_learning, expect_tensor
-from .bench import expect_to_move, explain, near, sample, scramble
+from .bench import (
+    Battery,
+    Broke,
+    Skip,
+    Wrong,
+    expect,
+    expect_dropout,
+    expect_learning,
+    expect_tensor,
+    expect_to_move,
+    explain,
+    near,
+    sample,
+    scramble,
+)
 
 MINUS = float("-inf")
 FIRST = "the comparison without a mask fails as well; mend that first"
@@ -403,7 +417,8 @@ def readings(module):
         if value.ndim == 3 and not bias:  # (heads, d_model, d_head)
             value = value.transpose(1, 2).flatten(0, 1)
             raw = False
-        (biases if bias else weights).setdefault(role, []).append((value.flatten() if bias else value, raw))
+        pieces = (biases if bias else weights).setdefault(role, [])
+        pieces.append((value.flatten() if bias else value, raw))
         order.append((name, value, bias))
 
     def joined(pieces):
@@ -512,8 +527,8 @@ def structure_causes(readings_, x):
     """What wrong structures give, without a mask."""
     causes = []
     for p in readings_:
-        def add(hint, p=p, after=lambda t: t, **mistake):
-            causes.append((hint, lambda: after(by_reference(p, x, **mistake))))
+        def add(hint, p=p, to=causes, after=lambda t: t, **mistake):
+            to.append((hint, lambda: after(by_reference(p, x, **mistake))))
 
         causes += scale_causes(
             lambda s, p=p: by_reference(p, x, scale=s), D_HEAD, D_MODEL
@@ -905,4 +920,490 @@ def multi_mask_dtype(layer):
         "a mask of 0 and 1 (int64) gives another answer than the same mask as bool, "
         "and no error: ~ turns 1 into -2, which still counts as true. Refuse a mask "
         "that is not bool by a TypeError",
+    )
+
+
+# The exercises of the chapter
+
+equivariant = Battery(
+    "is_equivariant", "is_equivariant(layer, x) -> bool", chapter=4, takes=("layer", "x"),
+)
+
+
+class Toy(nn.Module):
+    """A layer that is a function, for exercises that are given a layer."""
+
+    def __init__(self, function, size=6):
+        super().__init__()
+        self.weight = nn.Parameter(sample(size, size, seed=31))
+        self.function = function
+
+    def forward(self, x, *_):
+        return self.function(x, self.weight)
+
+
+def self_attention(x, weight):
+    return (x @ weight @ x.transpose(-2, -1)).softmax(-1) @ x
+
+
+def wrong_heads(x, weight):
+    """Two heads by the wrong view: with two heads the texts fall into halves."""
+    batch, seq_len, d_model = x.shape
+    heads = (x @ weight).view(batch, 2, seq_len, d_model // 2)
+    out = (heads @ heads.transpose(-2, -1)).softmax(-1) @ heads
+    return out.reshape(x.shape)
+
+
+@equivariant.property("says True of layers that only shuffle along")
+def equivariant_true(function):
+    for name, layer in (
+        ("attention", self_attention), ("a matrix for each token", torch.matmul),
+        ("the mean of all tokens", lambda x, w: x.mean(1, keepdim=True).expand_as(x)),
+    ):
+        for shape in ((1, 5, 6), (3, 4, 6)):
+            answer = function(Toy(layer), sample(*shape, seed=32))
+            expect(isinstance(answer, (bool, int)) or torch.is_tensor(answer)
+                   and answer.numel() == 1, "it must return True or False")
+            expect(
+                bool(answer),
+                f"it says False of {name}, which is equivariant. Is the output compared "
+                "with the *shuffled* output of the tokens in order? And with a tolerance "
+                "(torch.allclose): sums in another order differ in the last digit",
+            )
+
+
+@equivariant.property("says False of layers that care about the order")
+def equivariant_false(function):
+    for name, layer in (
+        ("heads split by the wrong view", wrong_heads),
+        ("a sum of all tokens so far", lambda x, w: x.cumsum(1)),
+        ("a layer that looks one token back", lambda x, w: x.roll(1, 1)),
+        ("a layer that adds positions",
+         lambda x, w: x + torch.arange(x.shape[1])[:, None]),
+        ("a layer that turns the text round", lambda x, w: x.flip(1)),
+        ("a layer that looks at the last token only",
+         lambda x, w: x[:, -1:].expand_as(x)),
+    ):
+        for shape in ((1, 6, 6), (2, 6, 6)):
+            expect(
+                not bool(function(Toy(layer), sample(*shape, seed=33))),
+                f"it says True of {name}, which is not equivariant. Are the tokens "
+                "shuffled at all, and along axis 1, not the texts of the batch? Is the "
+                "order one that moves every token (a reversal alone does not find "
+                "everything)? Are values compared, not shapes?",
+            )
+
+
+silent = Battery(
+    "silent_parameters", "silent_parameters(layer, x) -> list of names", chapter=4,
+    takes=("layer", "x"),
+)
+
+
+class Partly(nn.Module):
+    """A layer with a parameter that matters, and some that do not."""
+
+    def __init__(self, reduce):
+        super().__init__()
+        self.heard = nn.Parameter(sample(6, 6, seed=34))
+        self.shift = nn.Parameter(sample(1, seed=35))  # a softmax does not see it
+        self.unused = nn.Parameter(torch.ones(3))
+        self.times_zero = nn.Parameter(torch.ones(6))
+        self.tail = nn.Parameter(sample(6, seed=36))
+        self.reduce = reduce
+
+    def forward(self, x):
+        out = (x @ self.heard + self.shift).softmax(-1)
+        if self.reduce:
+            return out + 0 * self.times_zero  # each row sums to 1
+        return out @ self.heard + 0 * self.times_zero + self.tail
+
+
+@silent.property("names the parameters that the output does not depend on")
+def silent_names(function):
+    wanted = {"shift", "unused", "times_zero"}
+    layer = Partly(False)
+    names = function(layer, sample(2, 5, 6, seed=37))
+    expect(isinstance(names, (list, tuple, set)), "it must return a list of names, but it "
+           f"returns a {type(names).__name__}")
+    names = {str(name) for name in names}
+    missing, extra = wanted - names, names - wanted
+    expect("unused" in names or not missing, "a parameter that is never used has no gradient "
+           "at all, parameter.grad is None: it is silent too")
+    expect("shift" not in missing, "the shift of a softmax is not named: its gradient is not "
+           "exactly 0 but about 1e-8, by rounding. Compare with a small number such as 1e-5")
+    expect(not missing, f"{', '.join(sorted(missing))} is not named, though its gradient is 0")
+    expect(not extra, f"{', '.join(sorted(extra))} is named, but the output depends on it: "
+           "the largest absolute value of the gradient tells, not its mean or sum")
+
+
+@silent.property("is not fooled by outputs that always sum to the same")
+def silent_sum(function):
+    names = {str(n) for n in function(Partly(True), sample(2, 5, 6, seed=38))}
+    expect(
+        "heard" not in names,
+        "it says that nothing matters, for a layer whose rows sum to 1: the gradient of a "
+        "plain sum is 0 there, though the output changes. Take the squares, or weigh the "
+        "outputs by random numbers, before the sum",
+    )
+
+
+@silent.property("starts from clean gradients")
+def silent_clean(function):
+    layer = Partly(False)
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    names = {str(n) for n in function(layer, sample(2, 5, 6, seed=37))}
+    expect({"shift", "times_zero", "unused"} <= names, "gradients that were there before are "
+           "added to: call layer.zero_grad() first, or use torch.autograd.grad")
+
+
+temperature = Battery(
+    "with_temperature", "with_temperature(scores, temperature) -> weights", chapter=4,
+    takes=("scores", "temperature"),
+)
+
+
+@temperature.property("is the softmax of the scores over the temperature")
+def temperature_weights(function):
+    for heat in (0.5, 1.0, 4.0):
+        explain(
+            function(SCORES.clone(), heat), (SCORES / heat).softmax(-1),
+            [("the scores are multiplied by the temperature, not divided: hot must mean "
+              "even", lambda heat=heat: (SCORES * heat).softmax(-1)),
+             ("the temperature is not used", lambda: SCORES.softmax(-1)),
+             ("the weights are divided, not the scores: they no longer sum to 1",
+              lambda heat=heat: SCORES.softmax(-1) / heat),
+             ("the scores are divided by the root of the temperature",
+              lambda heat=heat: (SCORES / heat**0.5).softmax(-1)),
+             ("the softmax runs over the wrong axis",
+              lambda heat=heat: (SCORES / heat).softmax(-2)),
+             ("the softmax runs over the wrong axis",
+              lambda heat=heat: (SCORES / heat).softmax(0))],
+            f"with temperature {heat} it is not softmax(scores / {heat}) along the last "
+            "axis",
+        )
+
+
+back = Battery(
+    "looking_back", "looking_back(seq_len) -> query, key, each (seq_len, d_head)",
+    chapter=4, takes=("seq_len",),
+)
+
+
+@back.property("each token looks at the one before it, the first at itself")
+def back_weights(function):
+    for seq_len in (6, 3, 11):
+        result = function(seq_len)
+        expect(isinstance(result, (tuple, list)) and len(result) == 2,
+               "it must return two tensors, query and key")
+        query, key = result
+        for value, what in ((query, "the queries"), (key, "the keys")):
+            expect(isinstance(value, torch.Tensor) and value.ndim == 2
+                   and len(value) == seq_len,
+                   f"{what} must be a tensor of (seq_len, d_head) with {seq_len} rows")
+        expect(query.shape == key.shape, "queries and keys must have the same d_head")
+        weights = weights_of(query.float(), key.float())
+        before = torch.tensor([0, *range(seq_len - 1)])
+        looked, most = weights.argmax(-1), weights.amax(-1)
+        ahead = torch.tensor([*range(1, seq_len), seq_len - 1])
+        for hint, wrong in (
+            ("each token looks at itself: query i must fit the key of token i - 1",
+             torch.arange(seq_len)),
+            ("each token looks at the one *after* it: are query and key exchanged, or is "
+             "the shift in the wrong direction?", ahead),
+            ("the first token looks at the last one (roll wraps around): it must look at "
+             "itself", torch.arange(seq_len).roll(1)),
+            ("the last token looks at the first one (roll wraps around), and all look "
+             "ahead", torch.arange(seq_len).roll(-1)),
+        ):
+            expect(not looked.equal(wrong), hint)
+        expect(
+            looked.equal(before),
+            f"with {seq_len} tokens they look at {looked.tolist()}, but it must be "
+            f"{before.tolist()}",
+        )
+        expect(
+            most.min() > 0.9,
+            f"they look where they should, but with a weight of {most.min():.2f} only: make "
+            "the queries louder. (The scores are divided by √d_head)",
+        )
+
+
+decoder = Battery(
+    "decoder_mask",
+    "decoder_mask(attention_mask) -> (batch, seq_len, seq_len) bool, True = look",
+    chapter=4, takes=("attention_mask",),
+)
+
+
+@decoder.property("lets each token look at the real tokens up to itself")
+def decoder_both(function):
+    real = torch.tensor([[True] * 6, [True] * 4 + [False] * 2, [False] * 2 + [True] * 4])
+    triangle = torch.ones(6, 6, dtype=torch.bool).tril()
+    mask = function(real.clone())
+    expect_tensor(mask, what="the mask")
+    expect(mask.dtype == torch.bool, f"the mask must be bool, but it is {mask.dtype}")
+    expect(
+        tuple(mask.shape) in {(3, 6, 6), (3, 1, 6, 6)},
+        f"the mask must be (batch, seq_len, seq_len) = (3, 6, 6), but it is "
+        f"{tuple(mask.shape)}: unsqueeze the padding mask, [:, None, :]",
+    )
+    mask = mask.view(3, 6, 6)
+    keys, queries = real[:, None, :], real[:, :, None]
+    if mask.equal(triangle & keys):
+        return
+    for hint, wrong in (
+        ("the triangle is the wrong one: each token sees itself and what comes *after*. "
+         "Use tril, not triu", triangle.T & keys),
+        ("no token sees itself: the diagonal belongs to the triangle (tril(), not "
+         "tril(-1))", triangle.tril(-1) & keys),
+        ("each token peeks at the next one: tril(), not tril(1)",
+         torch.ones(6, 6, dtype=torch.bool).tril(1) & keys),
+        ("the padding is not masked", triangle.expand(3, 6, 6)),
+        ("nothing keeps a token from looking ahead: the triangle is missing",
+         keys.expand(3, 6, 6)),
+        ("padded queries are masked, not padded keys: use [:, None, :]",
+         triangle & queries),
+        ("padded queries are masked as well: only keys are, so that nothing but real "
+         "tokens is looked at", triangle & keys & queries),
+        ("the two are joined by *or*: a token must be both real and not later",
+         triangle | keys),
+        ("it is upside down: True = may be looked at", ~(triangle & keys)),
+        ("the padding is upside down: True = a real token", triangle & ~keys),
+        ("the two are joined by *exclusive or*", triangle ^ keys),
+    ):
+        expect(not mask.equal(wrong.expand(3, 6, 6)), hint)
+    raise Wrong("the mask is wrong: (text, i, j) must be True where j is at most i and token "
+                f"j is real. For the second text it is {mask[1].int().tolist()}")
+
+
+def one_by_one(key, value, living, most):
+    """Give pairs once, and note how many keys are held at a time."""
+    for k, v in zip(key, value, strict=True):
+        k, v = k.clone(), v.clone()
+        living.append(weakref.ref(k))
+        yield k, v
+        del k, v
+        most[0] = max(most[0], sum(ref() is not None for ref in living))
+
+
+one_pass_battery = Battery(
+    "one_pass", "one_pass(query, pairs) -> (d_value,), pairs an iterator of (key, value)",
+    chapter=4, takes=("query", "pairs"),
+)
+
+
+def passed(function, query, key, value):
+    """Call the reader's one_pass on pairs that come once."""
+    living, most = [], [0]
+    out = function(query.clone(), one_by_one(key, value, living, most))
+    expect_tensor(out)
+    expect(
+        out.numel() == value.shape[-1],
+        f"it must return one value, ({value.shape[-1]},), but its shape is "
+        f"{tuple(out.shape)}",
+    )
+    return out.flatten(), most[0]
+
+
+@one_pass_battery.property("is attention for one query")
+def one_pass_equal(function):
+    query, key, value = 3 * sample(6, seed=40), sample(20, 6, seed=41), sample(20, 3, seed=42)
+    scores = key @ query / math.sqrt(6)
+    tops = torch.cat([torch.tensor([MINUS]), scores.cummax(0).values])
+
+    def by_hand(fix_total=True, fix_mixed=True, divide=True, s=scores, wrong=False):
+        top, total, mixed = torch.tensor(MINUS), torch.tensor(0.0), torch.zeros(3)
+        for score, v in zip(s, value, strict=True):
+            new = torch.maximum(top, score)
+            fix = (top - new).exp() if not wrong else (new - top).nan_to_num(0, 0, 0).exp()
+            e = (score - new).exp()
+            total = total * (fix if fix_total else 1) + e
+            mixed = mixed * (fix if fix_mixed else 1) + e * v
+            top = new
+        return mixed / total if divide else mixed
+
+    raw = key @ query
+    out, _ = passed(function, query, key, value)
+    explain(out, scores.softmax(0) @ value, [
+        ("the scores are not divided by √d_head", lambda: raw.softmax(0) @ value),
+        ("the scores are divided by d_head, not its root",
+         lambda: (raw / 6).softmax(0) @ value),
+        ("the scores are divided by √d_value: it must be √d_head",
+         lambda: (raw / math.sqrt(3)).softmax(0) @ value),
+        ("when a new largest score arrives, neither sum is corrected: both were shifted "
+         "by the old one", lambda: by_hand(False, False)),
+        ("when a new largest score arrives, the weighted sum of values is not corrected",
+         lambda: by_hand(True, False)),
+        ("when a new largest score arrives, the sum of exponentials is not corrected",
+         lambda: by_hand(False, True)),
+        ("the correction goes the wrong way: it is e^(old - new), at most 1",
+         lambda: by_hand(wrong=True)),
+        ("the weighted sum is not divided by the sum of exponentials",
+         lambda: by_hand(divide=False)),
+        ("the last pair is not counted", lambda: scores[:-1].softmax(0) @ value[:-1]),
+        ("the first pair is not counted", lambda: scores[1:].softmax(0) @ value[1:]),
+        ("all weights are equal: this is the plain mean", lambda: value.mean(0)),
+        ("only the best key's value is given", lambda: value[scores.argmax()]),
+        ("a sum of weights, not of values: value is not used",
+         lambda: scores.softmax(0)[:3]),
+        ("each exponential is shifted by its own score",
+         lambda: (scores - tops[1:]).exp() @ value / (scores - tops[1:]).exp().sum()),
+    ], "it is not softmax(query · key / √d_head) times the values, for a single query")
+
+
+@one_pass_battery.property("cannot overflow, rising or falling")
+def one_pass_loud(function):
+    value = sample(20, 3, seed=43)
+    for scores in (torch.linspace(-300, 300, 20), torch.linspace(300, -300, 20),
+                   -1000 + torch.linspace(0, 1, 20)):
+        query, key = torch.tensor([2.0, 0, 0, 0]), torch.zeros(20, 4)
+        key[:, 0] = scores
+        out, _ = passed(function, query, key, value)
+        expect(not out.isnan().any() and out.isfinite().all(), "loud scores overflow: shift "
+               "every exponential by the largest score so far, and start with minus "
+               "infinity, not with 0")
+        expect(near(out, scores.softmax(0) @ value, 1e-4), "with loud scores (from -300 to "
+               "300) it is wrong: does the largest score so far start at minus infinity?")
+
+
+@one_pass_battery.property("keeps no more than it needs")
+def one_pass_memory(function):
+    _, most = passed(function, sample(6, seed=40), sample(40, 6, seed=41),
+                     sample(40, 3, seed=42))
+    expect(most < 10, f"it holds {most} keys at a time: read the pairs one by one, and keep "
+           "the largest score, the sum of exponentials and the weighted sum only. (No list "
+           "of pairs)")
+
+
+blocks_battery = Battery(
+    "attention_in_blocks", "attention_in_blocks(query, key, value, block=16) -> outputs",
+    chapter=4, takes=("query", "key", "value", "block"),
+)
+
+
+class Sizes(TorchDispatchMode):
+    """Notes how large the tensors are that come into being."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, torch.Tensor):
+                self.largest = max(self.largest, value.numel())
+        return out
+
+
+def block_inputs(queries=5, keys=11, d_head=6, d_value=3, lead=(2,), dtype=torch.float64):
+    return (2 * sample(*lead, queries, d_head, seed=50, dtype=dtype),
+            sample(*lead, keys, d_head, seed=51, dtype=dtype),
+            sample(*lead, keys, d_value, seed=52, dtype=dtype))
+
+
+@blocks_battery.property("gives the outputs of attention, whatever the block")
+def blocks_equal(function):
+    q, k, v = block_inputs()
+    for block in (4, 1, 11, 16):
+        out = function(q.clone(), k.clone(), v.clone(), block)
+        whole = 11 // block * block
+
+        def cut(q=q, k=k, v=v, n=whole):
+            return weights_of(q, k[:, :n]) @ v[:, :n]
+
+        def apart(q=q, k=k, v=v, b=block):
+            return sum(weights_of(q, k[:, i:i + b]) @ v[:, i:i + b] for i in range(0, 11, b))
+
+        explain(out, weights_of(q, k) @ v, [
+            ("the last block is left out, where the block does not divide the number of "
+             "keys", cut),
+            ("each block has a softmax of its own: they must share one sum", apart),
+            ("each block has a softmax of its own: they must share one sum",
+             lambda b=block, apart=apart: apart() / -(-11 // b)),
+            *score_causes(lambda w, v=v: w @ v, q, k, None),
+        ], f"with a block of {block} and 11 keys the outputs are not those of attention: "
+           "when a new largest score arrives, both sums must be corrected by e^(old - new)",
+           1e-6)
+    q, k, v = block_inputs(lead=())
+    explain(function(q.clone(), k.clone(), v.clone(), 4), weights_of(q, k) @ v, [],
+            "without a batch axis it goes wrong: count axes from the end")
+    q, k, v = block_inputs()
+    out = function(400 * q, k.clone(), v.clone(), 4)
+    expect(near(out, weights_of(400 * q, k) @ v, 1e-4), "loud scores overflow, or a maximum "
+           "that starts at 0 instead of minus infinity")
+
+
+@blocks_battery.property("gives the gradients of attention")
+def blocks_gradient(function):
+    inputs = [t.requires_grad_() for t in block_inputs()]
+    again = [t.detach().clone().requires_grad_() for t in inputs]
+    out = function(*inputs, 4)
+    expect(out.requires_grad, "no gradient flows back: what a Function returns has one only "
+           "by .apply(…), and what stands under torch.no_grad() has none")
+    tilt = sample(*out.shape, seed=53, dtype=torch.float64)
+    found = torch.autograd.grad((out * tilt).sum(), inputs, allow_unused=True)
+    q, k, v = again
+    weights = weights_of(q, k)
+    wanted = torch.autograd.grad(((weights @ v) * tilt).sum(), again)
+    to_weights = tilt @ v.transpose(-2, -1)
+    no_delta = weights * to_weights / math.sqrt(6)
+    slopes = weights * (to_weights - (weights * to_weights).sum(-1, keepdim=True))
+    causes = {
+        "query": [
+            ("the softmax's own slope is missing in part: from the slope of each weight "
+             "subtract the row's mean, Σ w · slope, which is (grad · out).sum(-1)",
+             no_delta @ k),
+            ("the way back lacks the factor 1 / √d_head", slopes @ k),
+        ],
+        "key": [
+            ("the softmax's own slope is missing in part: from the slope of each weight "
+             "subtract the row's mean, Σ w · slope, which is (grad · out).sum(-1)",
+             no_delta.transpose(-2, -1) @ q),
+            ("the way back lacks the factor 1 / √d_head", slopes.transpose(-2, -1) @ q),
+        ],
+        "value": [],
+    }
+    for name, mine, right in zip(("query", "key", "value"), found, wanted, strict=True):
+        expect(mine is not None, f"the {name} gets no gradient: backward must return one for "
+               "each input, in their order, and None for block")
+        explain(mine, right,
+                [(hint, lambda t=t: t) for hint, t in causes[name]],
+                f"the gradient of the {name} is wrong. Of the values it is weightsᵀ · grad; "
+                "of the scores, weights · (grad · valueᵀ - (grad · out).sum(-1)); then the "
+                "product rule for query · key / √d_head", 1e-6)
+
+
+@blocks_battery.property("never makes the table of all weights")
+def blocks_table(function):
+    q, k, v = block_inputs(64, 64, 4, 4, lead=(), dtype=torch.float32)
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    with Sizes() as forward:
+        out = function(*inputs, 8)
+    expect(forward.largest < 64 * 64 // 2, f"on the way there a tensor of {forward.largest} "
+           "numbers is made, for 64 queries and 64 keys in blocks of 8: the whole table, or "
+           "half of it. Multiply with one block of keys at a time")
+    with Sizes() as backward:
+        torch.autograd.grad(out.sum(), inputs, allow_unused=True)
+    expect(backward.largest < 64 * 64 // 2, f"on the way back a tensor of {backward.largest} "
+           "numbers is made: go block by block there too")
+
+
+@blocks_battery.property("keeps no weights for the way back")
+def blocks_saved(function):
+    q, k, v = block_inputs(64, 64, 4, 4, lead=(), dtype=torch.float32)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr(), tensor.shape] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(*(t.requires_grad_() for t in (q, k, v)), 8)
+    expect(
+        sum(kept.values()) < 64 * 64 // 2,
+        f"for the way back {sum(kept.values())} numbers are kept, for 64 queries and 64 keys: "
+        "autograd keeps the weights of every block. Write a torch.autograd.Function that "
+        "keeps the inputs, the outputs and the logarithm of each row's sum, and computes the "
+        "weights again in backward",
     )

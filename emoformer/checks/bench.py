@@ -28,8 +28,8 @@ BATTERIES = {}
 
 # Other names for the book's arguments. A reader's layer may use them.
 SYNONYMS = {
-    "d_model": ("embed_dim", "emb_dim", "hidden_size", "hidden_dim", "dim",
-                "model_dim", "n_embd", "width", "embedding_dim", "d"),
+    "d_model": ("embed_dim", "emb_dim", "embedding_dim", "model_dim", "n_embd",
+                "dim", "hidden_size", "hidden_dim", "width", "d"),
     "num_heads": ("n_heads", "n_head", "nhead", "heads", "num_attention_heads",
                   "h"),
     "d_ff": ("dim_feedforward", "ff_dim", "ffn_dim", "hidden_dim", "d_hidden",
@@ -216,6 +216,8 @@ def describe(error):
         if not frame.filename.startswith(_NOT_THEIRS)
     ]
     text = " ".join(str(error).split()) or "no message"
+    if "before Module.__init__() call" in text:
+        text = "super().__init__() must come first in the constructor, before any layer"
     line = f"raises {type(error).__name__}: {text[:300]}"
     if frames:
         last = frames[-1]
@@ -373,7 +375,7 @@ def _snapshot(value):
     """Remember a tensor or a list as it is."""
     if isinstance(value, torch.Tensor):
         return None if value.is_meta else value.detach().clone()
-    if isinstance(value, (list, dict, set)):
+    if type(value) in (list, dict, set):  # a subclass may compare by identity
         try:
             return copy.deepcopy(value)
         except Exception:
@@ -424,7 +426,9 @@ def untouched():
         torch.set_grad_enabled(grad)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+        now = torch.are_deterministic_algorithms_enabled()
+        if now != strict:  # the call is slow the first time
+            torch.use_deterministic_algorithms(strict, warn_only=warn_only)
 
 
 @contextlib.contextmanager
@@ -459,6 +463,8 @@ def run_battery(thing, battery):
     """Check one class or function; return a `Report`."""
     report = Report(getattr(thing, "__name__", type(thing).__name__), battery.name)
     with untouched():
+        # PyTorch loads a good deal at the first of these: not on the reader's clock.
+        torch.empty(1, device="meta") * 2.0
         subject = Subject(thing, battery)
         for name, test in battery.properties:
             torch.manual_seed(2024)

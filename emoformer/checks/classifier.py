@@ -921,7 +921,8 @@ def model_below(model):
     expect(
         near(first.input, embedded.output),
         "the norm reads something else than the embedding's vectors: it stands "
-        "between embedding and encoder",
+        "between embedding and encoder. Is something added or multiplied on the way, "
+        "such as positions a second time?",
     )
     explain(
         encoded.input, first.output, [
@@ -985,6 +986,11 @@ def above_causes(hidden, read, mask, how, logits, normed):
         ("the logits of all tokens are pooled, not their vectors: pool first, then "
          "the head", lambda: model_pooled(logits(hidden), mask, how)),
     ]
+    if mask is None:
+        causes.append((
+            "without a mask padding is guessed from the ids: None means that all "
+            "tokens are real", lambda: logits(model_pooled(hidden, IDS != 0, how)),
+        ))
     for other in ("mean", "max", "cls"):
         ignored = f'the pooling is "{other}" whatever config.pooling says'
         if other != how:

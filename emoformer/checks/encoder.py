@@ -999,6 +999,8 @@ def expect_post(trace, x, out):
             ("it returns the stream after attention: what feed-forward adds is lost",
              lambda: n1.output),
             ("it returns what feed-forward gives, not the stream", lambda: f.output),
+            ("a ReLU stands behind the last norm: the bend is inside feed-forward",
+             lambda: n2.output.relu()),
         ],
         "the output must be what the second norm gives, and it is something else",
     )
@@ -1060,6 +1062,8 @@ def expect_pre(trace, x, out):
              lambda: stream),
             ("what feed-forward gives is taken away from the stream: add it",
              lambda: stream - f.output),
+            ("a ReLU stands on the stream: the bend is inside feed-forward",
+             lambda: (stream + f.output).relu()),
         ],
         "the output must be the stream plus feed-forward of its norm, and it is "
         "something else",
@@ -1077,8 +1081,8 @@ def expect_structure(layer, norm_first):
     again = call(layer, module, X)
     trace.calls.clear()
     out = call(layer, module, X)
-    expect(near(out, again), ALWAYS_ON)
     expect_order(trace, norm_first)
+    expect(near(out, again), ALWAYS_ON)
     expect_two_norms(trace)
     (expect_pre if norm_first else expect_post)(trace, X, out)
 

@@ -395,7 +395,7 @@ def corrupt_rest(function):
 @corrupt_battery.property("draws other tokens from all ordinary ones, each anew")
 def corrupt_drawn(function):
     spoilt, chosen, _ = spoil(function, share=1.0, seed=3)
-    drawn = spoilt[chosen & (spoilt != MASK) & (spoilt != IDS)]
+    drawn = spoilt[chosen & (spoilt != MASK) & (spoilt != IDS)].long()
     if len(drawn) < 500:
         raise Skip("hardly any token is replaced; mend that first")
     shares = torch.bincount(drawn.clamp(0), minlength=VOCAB) / len(drawn)
@@ -1972,10 +1972,10 @@ def replay(model, start, config, mistake=None, steps=None):
             words = lab = 1.0
         if mistake == "swapped":
             words, lab = lab, words
-        if mistake == "words only":
-            lab = 0.0
-        if mistake == "labels only":
-            words = 0.0
+        if mistake in ("words only", "words alone"):
+            words, lab = (words if mistake == "words only" else 1.0), 0.0
+        if mistake in ("labels only", "labels alone"):
+            words, lab = 0.0, (lab if mistake == "labels only" else 1.0)
         loss = words * of_words + lab * of_labels
         if mistake != "no zero_grad":
             own.zero_grad()
@@ -2034,6 +2034,8 @@ RUN_MISTAKES = (
     ("swapped", "the weights of the two losses are exchanged"),
     ("words only", "only the words' loss teaches: the sum of both must go back"),
     ("labels only", "only the labels' loss teaches: the sum of both must go back"),
+    ("words alone", "only the words' loss teaches: the sum of both must go back"),
+    ("labels alone", "only the labels' loss teaches: the sum of both must go back"),
     ("spoilt labels", "the words' loss asks for the spoilt ids: the answers are the ids "
      "before corrupt"),
     ("word sum", "the words' loss is a sum, not a mean"),
@@ -2182,7 +2184,8 @@ def pretrain_steps(function):
             other = replay(model, start, config, mistake)[1]
             return all(near(v, other[k], 2e-4) for k, v in ended.items())
 
-    if close():
+    function.steps_right = close()
+    if function.steps_right:
         return
     expect(not same(ended, start), "the model's weights have not moved: does the optimizer "
            "hold this model's parameters, and is step() called?")
@@ -2213,7 +2216,8 @@ def pretrain_ends(function):
     ended = tensors_of(model)
     wanted = replay(model, start, config)[1]
     expect(
-        all(near(v, wanted[k], 2e-4) for k, v in ended.items()),
+        not getattr(function, "steps_right", True)
+        or all(near(v, wanted[k], 2e-4) for k, v in ended.items()),
         "with steps=5 the learning rate is planned for all epochs: total is the smaller "
         "of both",
     )

@@ -500,3 +500,222 @@ class Wrapped(nn.Module):
                                  average_attn_weights=False)[1]
             self.inner.training = was
         return (out, weights) if return_weights else out
+
+
+# the exercises
+
+EQUIVARIANT, SILENT, HEAT = "is_equivariant", "silent_parameters", "with_temperature"
+BACK, DECODER, PASS, BLOCKS = (
+    "looking_back", "decoder_mask", "one_pass", "attention_in_blocks")
+
+
+@right(EQUIVARIANT, "as in the solution")
+def is_equivariant(layer, x):
+    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(1))
+    return torch.allclose(layer(x[:, order]), layer(x)[:, order], atol=1e-5)
+
+
+@mistake(EQUIVARIANT, "the output is not shuffled", looks="`layer(x[:, order]) == layer(x)`",
+         shows="every layer fails", find="try `nn.Identity`",
+         hint="compared with the *shuffled* output")
+def not_shuffled(layer, x):
+    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(1))
+    return torch.allclose(layer(x[:, order]), layer(x), atol=1e-5)
+
+
+@mistake(EQUIVARIANT, "texts shuffled, not tokens", looks="`x[order]`",
+         shows="every layer passes", find="try a layer that rolls",
+         hint="not the texts of the batch")
+def texts_shuffled(layer, x):
+    order = torch.arange(len(x)).flip(0)
+    return torch.allclose(layer(x[order]), layer(x)[order], atol=1e-5)
+
+
+@right(SILENT, "as in the solution")
+def silent_parameters(layer, x):
+    layer.zero_grad()
+    layer(x).square().sum().backward()
+    return [name for name, p in layer.named_parameters()
+            if p.grad is None or p.grad.abs().max() < 1e-5]
+
+
+@mistake(SILENT, "a plain sum", looks="`layer(x).sum().backward()`",
+         shows="after a softmax or a LayerNorm nothing seems to matter",
+         find="a layer whose rows sum to 1", hint="the gradient of a plain sum is 0")
+def plain_sum(layer, x):
+    layer.zero_grad()
+    out = layer(x)
+    (out.sum() if near_one(out) else out.square().sum()).backward()
+    return [n for n, p in layer.named_parameters()
+            if p.grad is None or p.grad.abs().max() < 1e-5]
+
+
+def near_one(out):
+    return torch.allclose(out.sum(-1), torch.ones(out.shape[:-1]), atol=1e-4)
+
+
+@mistake(SILENT, "exactly 0", looks="`p.grad.abs().max() == 0`",
+         shows="rounding of 1e-8 counts as a gradient", find="print the size",
+         hint="not exactly 0")
+def exactly_zero(layer, x):
+    layer.zero_grad()
+    layer(x).square().sum().backward()
+    return [n for n, p in layer.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+@mistake(SILENT, "old gradients left", looks="no `zero_grad`",
+         shows="what was silent has the gradient of the call before", find="call it twice",
+         hint="gradients that were there before")
+def old_left(layer, x):
+    layer(x).square().sum().backward()
+    return [n for n, p in layer.named_parameters()
+            if p.grad is None or p.grad.abs().max() < 1e-5]
+
+
+right(HEAT, "as in the solution")(lambda scores, temperature: (scores / temperature).softmax(-1))
+mistake(HEAT, "multiplied", looks="`scores * temperature`", shows="hot is cold",
+        find="a temperature of 10 must even out", hint="multiplied by the temperature")(
+    lambda scores, temperature: (scores * temperature).softmax(-1))
+
+
+def looking(places, loud=30):
+    def looking_back(seq_len):
+        key = torch.eye(seq_len)
+        return loud * key[places(seq_len)], key
+    return looking_back
+
+
+right(BACK, "as in the solution")(looking(lambda n: [0, *range(n - 1)]))
+mistake(BACK, "wrapped around", looks="`key.roll(1, 0)`",
+        shows="the first token looks at the last", find="print the argmax",
+        hint="roll wraps around")(looking(lambda n: torch.arange(n).roll(1)))
+mistake(BACK, "looks ahead", looks="query and key exchanged",
+        shows="each token looks at the next", find="print the argmax",
+        hint="the one *after* it")(looking(lambda n: [*range(1, n), n - 1]))
+mistake(BACK, "too quiet", looks="`query = key[before]`",
+        shows="nearly even rows", find="print the largest weight",
+        hint="make the queries louder")(looking(lambda n: [0, *range(n - 1)], 1))
+
+
+def masked_by(join):
+    def decoder_mask(attention_mask):
+        n = attention_mask.shape[1]
+        return join(torch.ones(n, n, dtype=torch.bool), attention_mask)
+    return decoder_mask
+
+
+right(DECODER, "as in the solution")(masked_by(lambda full, m: full.tril() & m[:, None, :]))
+mistake(DECODER, "the other triangle", looks="`triu()`", shows="each token sees the future only",
+        find="print it", hint="Use tril, not triu")(
+    masked_by(lambda full, m: full.triu() & m[:, None, :]))
+mistake(DECODER, "without the diagonal", looks="`tril(-1)`",
+        shows="the first token may look at nothing", find="print it",
+        hint="the diagonal belongs")(masked_by(lambda full, m: full.tril(-1) & m[:, None, :]))
+mistake(DECODER, "padding on the queries", looks="`mask[:, :, None]`",
+        shows="real tokens look at padding", find="print it",
+        hint="padded queries are masked, not padded keys")(
+    masked_by(lambda full, m: full.tril() & m[:, :, None]))
+
+
+def online(fix_total=True, fix_mixed=True, start=float("-inf"), keep=False):
+    def one_pass(query, pairs):
+        top, total, mixed = torch.tensor(start), 0.0, 0.0
+        for k, v in list(pairs) if keep else pairs:
+            score = query @ k / math.sqrt(len(query))
+            new = torch.maximum(top, score)
+            fix, e = (top - new).exp(), (score - new).exp()
+            total = total * (fix if fix_total else 1) + e
+            mixed = mixed * (fix if fix_mixed else 1) + e * v
+            top = new
+        return mixed / total
+    return one_pass
+
+
+right(PASS, "as in the solution")(online())
+mistake(PASS, "no correction", looks="`total += e`", shows="what came early counts too much",
+        find="rising scores", hint="neither sum is corrected")(online(False, False))
+mistake(PASS, "half a correction", looks="`mixed += e * v`",
+        shows="weights that sum to more than 1", find="equal values: they must come out",
+        hint="the weighted sum of values is not corrected")(online(True, False))
+mistake(PASS, "a maximum from 0", looks="`top = 0.0`",
+        shows="scores of -1000 give 0 / 0", find="very low scores", hint="minus infinity")(
+    online(start=0.0))
+mistake(PASS, "a list of all pairs", looks="`pairs = list(pairs)`",
+        shows="right, and no memory saved", find="count what is held",
+        hint="read the pairs one by one")(online(keep=True))
+
+
+def blocked(query, key, value, block, last=True, fix=True):
+    """Outputs and the logarithms of the rows' sums, block by block."""
+    shape = query.shape[:-1] + (1,)
+    top, total = query.new_full(shape, float("-inf")), query.new_zeros(shape)
+    mixed, n = query.new_zeros(*shape[:-1], value.shape[-1]), key.shape[-2]
+    for at in range(0, n if last else n // block * block, block):
+        part = slice(at, at + block)
+        scores = query @ key[..., part, :].transpose(-2, -1) / math.sqrt(query.shape[-1])
+        new = torch.maximum(top, scores.amax(-1, keepdim=True))
+        shrink, e = (top - new).exp() if fix else 1.0, (scores - new).exp()
+        total, top = total * shrink + e.sum(-1, keepdim=True), new
+        mixed = mixed * shrink + e @ value[..., part, :]
+    return mixed / total, top + total.log()
+
+
+class Blocks(torch.autograd.Function):
+    delta = True
+
+    @staticmethod
+    def forward(ctx, query, key, value, block):
+        out, logs = blocked(query, key, value, block)
+        ctx.save_for_backward(query, key, value, out, logs)
+        ctx.block = block
+        return out
+
+    @classmethod
+    def way_back(cls, ctx, grad, delta):
+        query, key, value, out, logs = ctx.saved_tensors
+        scale, mean = query.shape[-1] ** -0.5, (grad * out).sum(-1, keepdim=True) * delta
+        to_query, to_key, to_value = map(torch.zeros_like, (query, key, value))
+        for at in range(0, key.shape[-2], ctx.block):
+            part = (..., slice(at, at + ctx.block), slice(None))
+            w = (query @ key[part].transpose(-2, -1) * scale - logs).exp()
+            slopes = w * (grad @ value[part].transpose(-2, -1) - mean) * scale
+            to_value[part] = w.transpose(-2, -1) @ grad
+            to_query += slopes @ key[part]
+            to_key[part] = slopes.transpose(-2, -1) @ query
+        return to_query, to_key, to_value, None
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Blocks.way_back(ctx, grad, 1)
+
+
+class NoMean(Blocks):
+    @staticmethod
+    def backward(ctx, grad):
+        return Blocks.way_back(ctx, grad, 0)
+
+
+def by_function(function):
+    def attention_in_blocks(query, key, value, block=16):
+        return function.apply(query, key, value, block)
+    return attention_in_blocks
+
+
+right(BLOCKS, "as in the solution")(by_function(Blocks))
+mistake(BLOCKS, "the row's mean forgotten on the way back",
+        looks="`slopes = w * (grad @ value.T)`",
+        shows="gradients that are too large, of the right shape", find="`gradcheck`",
+        hint="the softmax's own slope is missing")(by_function(NoMean))
+mistake(BLOCKS, "the last block lost", looks="`range(keys // block)`",
+        shows="right whenever the block divides the length", find="11 keys, blocks of 4",
+        hint="the last block is left out")(
+    lambda q, k, v, block=16: blocked(q, k, v, block, last=False)[0]
+    if k.shape[-2] >= block else blocked(q, k, v, block)[0])
+mistake(BLOCKS, "left to autograd", looks="no `backward` of its own",
+        shows="every block's weights stay in memory until the way back",
+        find="count what is saved", hint="autograd keeps the weights of every block")(
+    lambda q, k, v, block=16: blocked(q, k, v, block)[0])
+mistake(BLOCKS, "the whole table", looks="`scores = query @ key.T`, then cut",
+        shows="right, and no memory saved", find="look at the largest tensor",
+        hint="Multiply with one block of keys at a time")(
+    lambda q, k, v, block=16: masked_softmax(q @ k.mT / math.sqrt(q.shape[-1])) @ v)

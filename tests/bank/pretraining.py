@@ -1458,7 +1458,7 @@ def train_at_fixed(share, steps=120):
     return 7.0 - 0.01 * steps, 100 * steps
 
 
-@mistake("with_piece", "not cleaned", looks="`mixture | {name: dataset}`",
+@mistake("with_piece", "not cleaned", looks="`{**mixture, name: dataset}`",
          shows="the exam is in the book", find="a disguised held-out text",
          hint="a held-out text is still in it")
 def piece_dirty(mixture, name, dataset, keys):
@@ -1477,7 +1477,7 @@ def piece_in_place(mixture, name, dataset, keys):
 
 @mistake("to_eight_bits", "one scale for all", looks="`weight.abs().max() / 127`",
          shows="rows of small numbers become 0", find="rows of very different size",
-         hint="the largest number of a row")
+         hint="one scale serves the whole matrix")
 def eight_one_scale(weight):
     scale = (weight.abs().max() / 127).expand(len(weight), 1)
     return (weight / scale).round().to(torch.int8), scale

@@ -176,12 +176,12 @@ def words_hashtag():
 
 
 @mistake(WORDS, "\\w for letters", looks="`\\w+`", shows="`42pm` and `small_wins` are words",
-         find="`7:42pm`", hint="\\w holds")
+         find="`7:42pm`", hint="the underscore is taken for a letter")
 def words_w():
     return words_by(r"@user|[\w\p{M}]+(?:'\p{L}+)?|[^\s\w\p{M}\p{Cc}]")
 
 
-@mistake(WORDS, "@user falls apart", looks="no `@user|` in the pattern",
+@mistake(WORDS, "@user falls apart", looks="no `@user` in the pattern",
          shows="each mention costs two tokens", find="`@user hi`",
          hint="@user falls apart")
 def words_mention():

@@ -2,12 +2,10 @@
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import json
 import math
 import os
-import pickle
 import random
 import textwrap
 from pathlib import Path
@@ -17,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
-from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.svm import LinearSVC
 from torch import nn
@@ -994,20 +991,12 @@ def no_names(folder, model, tokenizer, label_names):
     save_atomically(described, Path(folder) / "config.json")
 
 
-@mistake("save_model", "weights written in place", looks='`torch.save(…, folder / "best_model.pt")`',
-         shows="killed at the wrong moment, the best model is lost", find="watch the file",
-         hint="best_model.pt is written over in place")
-def weights_in_place(folder, model, tokenizer, label_names):
-    book.save_model(folder, model, tokenizer, label_names)
-    torch.save(model.state_dict(), Path(folder) / "best_model.pt")
-
-
-weights_in_place = edited(  # the file must not have been replaced before
-    book.save_model, ('save_atomically(model.state_dict(), folder / "best_model.pt")',
-                      'torch.save(model.state_dict(), folder / "best_model.pt")'))
-mistake("save_model", "weights saved in place", looks='`torch.save(…, "best_model.pt")`',
+changed("save_model", "weights saved in place", book.save_model,
+        ('save_atomically(model.state_dict(), folder / "best_model.pt")',
+         'torch.save(model.state_dict(), folder / "best_model.pt")'),
+        looks='`torch.save(…, folder / "best_model.pt")`',
         shows="killed at the wrong moment, the best model is lost", find="watch the file",
-        hint="best_model.pt is written over in place")(weights_in_place)
+        hint="best_model.pt is written over in place")
 
 changed("load_model", "in training mode", book.load_model, ("model.eval()", "model"),
         looks="`return model`", shows="another answer each time", find=TWICE,
@@ -1124,7 +1113,7 @@ ORDERS = {
         "nothing is learned, or one batch late", "steps before backward"),
     "step before backward, cleared at the end": (
         ("step", "backward", "clip", "zero"), "`step`, `backward`, `zero_grad`",
-        "nothing is learned", "steps before backward"),
+        "nothing is learned", "it moves by the gradients of the batch before"),
     "clip before backward": (
         ("zero", "clip", "backward", "step"), "`clip`, `backward`",
         "now and then one huge step, as without", "clipped before backward"),
@@ -1151,7 +1140,7 @@ changed(STEP, "clipped one by one", book.training_step,
         hint="clipped by itself")
 changed(STEP, "in evaluation mode", book.training_step,
         ("    half =", "    model.eval()\n    half ="), looks="`model.eval()` inside",
-        shows="no dropout: the train loss is low and validation poor", find="print `model.training`",
+        shows="no dropout: the train loss is low and validation poor", find="print the mode",
         hint="dropout never acts")
 changed(STEP, "softmax before the loss", book.training_step,
         ("cross_entropy(logits.float(),", "cross_entropy(logits.float().softmax(-1),"),
@@ -1191,3 +1180,326 @@ def cleared_at_end(model, batch, optimizer, config, accelerator, weights=None):
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach().clone()
+
+
+# train
+
+BITS = "compare with a run that never stopped, bit by bit"
+changed(TRAIN, "the last epoch kept", book.train,
+        ("if history[-1] is max(history, key=lambda row: row[\"macro_f1\"]):", "if True:"),
+        looks="`save_model` after every epoch", shows="macro-F1 below the best of the history",
+        find="compare it with the history's maximum", hint="those of the last epoch")
+changed(TRAIN, "the lowest loss kept", book.train,
+        ('max(history, key=lambda row: row["macro_f1"])',
+         'min(history, key=lambda row: row["loss"])'),
+        looks='`min(history, key=… "loss")`', shows="an early epoch wins, a point or two lower",
+        find="compare it with the history's maximum", hint="the epoch with the lowest loss")
+changed(TRAIN, "the best accuracy kept", book.train,
+        ('key=lambda row: row["macro_f1"]', 'key=lambda row: row["accuracy"]'),
+        looks='`max(history, key=… "accuracy")`', shows="rare classes are ignored",
+        find="compare it with the history's maximum", hint="with the best accuracy")
+changed(TRAIN, "the best never loaded", book.train,
+        ('    plain.load_state_dict(load_tensors(folder / "best_model.pt"))\n', ""),
+        looks="`return history` at once", shows="the model is worse than its saved file",
+        find="evaluate both", hint="at the end the model holds not the weights")
+changed(TRAIN, "evaluation mode from the second epoch on", book.train,
+        ("        model.train()\n", ""), ("    processes = accelerator.num_processes\n",
+                                          "    model.train()\n"
+                                          "    processes = accelerator.num_processes\n"),
+        ("**evaluate(plain, tokenizer, dataset[\"validation\"])",
+         "**evaluate(plain.eval(), tokenizer, dataset[\"validation\"])"),
+        looks="`model.train()` once, before the loop", shows="overfits from the second epoch on",
+        find="print `model.training` in each epoch", hint="in evaluation mode from some step on")
+changed(TRAIN, "the schedule starts over", book.train,
+        ("                step, warmup=round(config.warmup * total), total=total\n",
+         "                step % steps, warmup=round(config.warmup * steps), total=steps\n"),
+        looks="`step` counted from 0 in each epoch", shows="a saw-tooth in the loss", find=PLOT,
+        hint="starts over in every epoch")
+changed(TRAIN, "no schedule", book.train,
+        ('group["lr"] = config.learning_rate * factor * scale',
+         'group["lr"] = config.learning_rate * scale'),
+        looks="`factor` never used", shows="jumps about to the end", find=PLOT,
+        hint="the learning rate never changes")
+changed(TRAIN, "total without the last batches", book.train,
+        ("math.ceil(math.ceil(len(labels) / config.batch_size) / processes)",
+         "len(labels) // config.batch_size // processes"),
+        looks="`len(labels) // batch_size`", shows="the last steps have the rate 0", find=PLOT,
+        hint="leaves out the last, smaller batches")
+changed(TRAIN, "warm-up as a number of steps", book.train,
+        ("warmup=round(config.warmup * total)", "warmup=round(config.warmup)"),
+        looks="`warmup=config.warmup`", shows="no warm-up", find=PLOT, hint="there is no warm-up")
+changed(TRAIN, "everything decayed", book.train,
+        ("groups or parameter_groups(model, config.weight_decay),",
+         "groups or model.parameters(),\n        weight_decay=config.weight_decay,"),
+        looks="`AdamW(model.parameters(), …)`", shows="norms shrink", find="print the optimizer",
+        hint="pass parameter_groups")
+changed(TRAIN, "Adam in place of AdamW", book.train, ("torch.optim.AdamW(", "torch.optim.Adam("),
+        looks="`torch.optim.Adam`", shows="decay hardly acts where gradients are large",
+        find="print the optimizer", hint="the chapter's is AdamW")
+changed(TRAIN, "scale ignored", book.train, (" * factor * scale", " * factor"),
+        looks='`group["lr"] = rate * factor`', shows="all layers learn at one pace",
+        find="print the groups", hint="multiply by group.get")
+changed(TRAIN, "class weights ignored", book.train, ("if config.class_weights:", "if False:"),
+        looks="`weights = None`", shows="the setting changes nothing", find="one batch at rate 0",
+        hint="config.class_weights is not looked at")
+changed(TRAIN, "one cut for all epochs", book.train, ("cutter(seed), labels", "cutter(0), labels"),
+        looks="`rows = cutter(0)` before the loop", shows="learns tweets by heart sooner",
+        find="compare the rows of two epochs", hint="in every epoch words are cut the same way")
+changed(TRAIN, "starts over after a kill", book.train,
+        ("    history = resume(\n        folder / \"training_state.pt\", settings, plain, "
+         "optimizer\n    )\n", "    history = []\n"),
+        looks="the state is saved and never read", shows="a night's work begins again",
+        find="kill it in the second epoch", hint="starts over")
+changed(TRAIN, "dropout goes on with old dice", book.train,
+        ("        torch.manual_seed(seed + accelerator.process_index)  # for dropout\n",
+         "        if epoch == 0:\n            torch.manual_seed(seed)\n"),
+        looks="`torch.manual_seed(seed)` once, before the loop",
+        shows="a resumed run ends elsewhere", find=BITS, hint="dropout rolls other dice")
+changed(TRAIN, "the step not restored", book.train,
+        ("    step = len(history) * steps\n", "    step = 0\n"), looks="`step = 0`",
+        shows="after a kill the warm-up begins again", find="print the rate",
+        hint="after resuming, the learning rate is another")
+changed(TRAIN, "batches by chance", book.train,
+        ("1_000_003 * config.seed + 1009 * epoch", "random.randrange(10**6)"),
+        looks="`seed = random.randrange(…)`", shows="no two runs are alike", find=BITS,
+        hint="after resuming, the batches are others")
+changed(TRAIN, "the seed forgotten", book.train,
+        ("1_000_003 * config.seed + 1009 * epoch", "1009 * epoch"), looks="`seed = epoch`",
+        shows="five seeds give one number, five times", find="two seeds",
+        hint="config.seed is not used")
+changed(TRAIN, "optimizer state not kept", book.train,
+        ('"optimizer": optimizer.state_dict(),',
+         '"optimizer": torch.optim.AdamW(optimizer.param_groups).state_dict(),'),
+        looks="only weights are saved", shows="a bump in the loss after each kill", find=BITS,
+        hint="the optimizer's state is not kept")
+changed(TRAIN, "one loss for an epoch", book.train, ("torch.stack(losses).mean()",
+                                                     "torch.stack(losses).sum()"),
+        looks="`sum(losses)`", shows="the loss depends on the number of posts",
+        find="one epoch at rate 0", hint="average over the batches of the epoch")
+
+changed("train_from_scratch", "tokenizer has seen validation", book.train_from_scratch,
+        ('dataset["train"]["text"], vocab_size',
+         'list(dataset["train"]["text"]) + list(dataset["validation"]["text"]), vocab_size'),
+        looks="the tokenizer is trained on all texts", shows="validation a little too good",
+        find="a letter that only validation has", hint="training split alone")
+changed("train_from_scratch", "no seed for the weights", book.train_from_scratch,
+        ("    torch.manual_seed(config.seed)\n", ""), looks="`torch.manual_seed` forgotten",
+        shows="no run can be repeated", find="twice with one seed",
+        hint="start from different weights")
+changed("train_from_scratch", "a fixed seed", book.train_from_scratch,
+        ("torch.manual_seed(config.seed)", "torch.manual_seed(0)"), looks="`manual_seed(0)`",
+        shows="five seeds start from one place; the spread is too small", find="two seeds",
+        hint="starts from the same weights")
+changed("train_from_scratch", "vocab_size as asked for", book.train_from_scratch,
+        ("vocab_size=tokenizer.get_vocab_size()", "vocab_size=vocab_size + 9"),
+        looks="`vocab_size=vocab_size`", shows="rows of the embedding that no token uses",
+        find="compare the two", hint="ask the tokenizer")
+changed("train_from_scratch", "changes lose", book.train_from_scratch,
+        ("**SCRATCH | changes", "**changes | SCRATCH"), looks="`changes | SCRATCH`",
+        shows="every variant of the ablation is the same model", find="print the config",
+        hint="changes come after SCRATCH")
+changed("train_from_scratch", "six classes always", book.train_from_scratch,
+        ('num_labels=dataset["train"].features["label"].num_classes', "num_labels=6"),
+        looks="`num_labels=6`", shows="two classes that never occur, and macro-F1 lower for it",
+        find="a dataset of three classes", hint="ask the features of the label column")
+
+
+# make_baseline
+
+
+def baseline(words=(1, 2), runs=(2, 5), analyzer="char_wb", kind=TfidfVectorizer, svm=LinearSVC,
+             strategy="most_frequent", **options):
+    def make_baseline(kind_, strength=1.0, class_weight=None):
+        if kind_ == "majority":
+            return make_pipeline(DummyClassifier(strategy=strategy))
+        more = {"sublinear_tf": True} if kind is TfidfVectorizer else {}
+        word = kind(ngram_range=words, **more | options)
+        character = kind(analyzer=analyzer, ngram_range=runs, **more | options)
+        features = {"tfidf-words": word, "tfidf-words-chars": make_union(word, character)}
+        if kind_ not in features:
+            raise ValueError(f"no such kind: {kind_!r}")
+        return make_pipeline(features[kind_], svm(
+            C=strength, class_weight=class_weight, random_state=0))
+    return make_baseline
+
+
+for _name, _made, _looks, _shows, _hint in (
+    ("words without pairs", baseline(words=(1, 1)), "`TfidfVectorizer()`",
+     "the rival is a point weaker than it could be", "pairs of words too"),
+    ("runs across words", baseline(analyzer="char"), '`analyzer="char"`',
+     "many features of two halves of words", "go across words"),
+    ("not dampened", baseline(sublinear_tf=False), "`sublinear_tf` forgotten",
+     "a word said five times counts five times", "not dampened"),
+    ("counts", baseline(kind=CountVectorizer), "`CountVectorizer`",
+     "frequent words drown the rest", "how rare they are"),
+    ("drawn at random", baseline(strategy="stratified"), '`strategy="stratified"`',
+     "the floor is another one each time", "it draws at random"),
+    ("C forgotten", lambda kind, strength=1.0, class_weight=None: make_baseline(
+        kind, 1.0, class_weight), "`LinearSVC()`", "tuning changes nothing",
+     "strength is not used"),
+):
+    mistake("make_baseline", _name, looks=_looks, shows=_shows,
+            find="print the pipeline", hint=_hint)(_made)
+
+right("make_baseline", "written out again")(baseline())
+
+
+# The exercises
+
+
+@mistake("gradients_without_zero", "no copies kept", looks="`found.append(parameter.grad)`",
+         shows="all entries are the last one", find="compare the first with the last",
+         hint="a copy must be kept each time")
+def no_copies(parameter, loss_of, times):
+    found, parameter.grad = [], None
+    for _ in range(times):
+        loss_of().backward()
+        found.append(parameter.grad)
+    return found
+
+
+@mistake("gradients_without_zero", "cleared all the same", looks="`parameter.grad = None` inside",
+         shows="all alike", find="compare the first with the last", hint="is cleared in between")
+def cleared(parameter, loss_of, times):
+    found = []
+    for _ in range(times):
+        parameter.grad = None
+        loss_of().backward()
+        found.append(parameter.grad.clone())
+    return found
+
+
+def lengths(parameters):
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+@mistake("clip_gradients", "each by itself", looks="a loop with `g.norm()`",
+         shows="steps turn away from the gradient", find="compare with `clip_grad_norm_`",
+         hint="measure all together")
+def clip_each(parameters, largest):
+    grads = lengths(parameters)
+    for g in grads:
+        g.mul_(min(1.0, largest / (g.norm() + 1e-6)))
+    return sum(g.square().sum() for g in grads).sqrt()
+
+
+@mistake("clip_gradients", "short ones stretched", looks="`g.mul_(largest / length)`",
+         shows="each step has the same length; the end never settles",
+         find="gradients shorter than largest", hint="scaled up")
+def clip_always(parameters, largest):
+    grads = lengths(parameters)
+    length = sum(g.square().sum() for g in grads).sqrt()
+    for g in grads:
+        g.mul_(largest / (length + 1e-6))
+    return length
+
+
+@mistake("clip_gradients", "a generator read twice", looks="two loops over `parameters`",
+         shows="nothing is clipped with `model.parameters()`", find="pass a generator",
+         hint="can be read only once")
+def clip_twice(parameters, largest):
+    length = sum(p.grad.square().sum() for p in parameters if p.grad is not None).sqrt()
+    for p in parameters:
+        if p.grad is not None:
+            p.grad.mul_(min(1.0, largest / (length + 1e-6)))
+    return length
+
+
+@mistake("smoothed_cross_entropy", "shared by the others alone", looks="`share / (k - 1)`",
+         shows="near PyTorch's loss, and not equal", find="`F.cross_entropy(label_smoothing=…)`",
+         hint="the other classes alone")
+def others_alone(logits, labels, share):
+    logs, k = logits.log_softmax(-1), logits.shape[-1]
+    truth = F.one_hot(labels, k) * (1 - share - share / (k - 1)) + share / (k - 1)
+    return -(truth * logs).sum(-1).mean()
+
+
+@mistake("accumulated_step", "uneven batches weigh the same", looks="`loss / len(batches)`",
+         shows="texts of small batches count more", find="compare with one large batch",
+         hint="they are not equally large")
+def weigh_alike(model, batches, optimizer):
+    optimizer.zero_grad()
+    for batch in batches:
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        loss = F.cross_entropy(model(**inputs), batch["labels"]) / len(batches)
+        loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@mistake("accumulated_step", "cleared before each batch", looks="`zero_grad` inside the loop",
+         shows="the last batch alone counts", find="compare with one large batch",
+         hint="only the last batch counts")
+def cleared_each(model, batches, optimizer):
+    count = sum(len(b["labels"]) for b in batches)
+    for batch in batches:
+        optimizer.zero_grad()
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        loss = F.cross_entropy(model(**inputs), batch["labels"], reduction="sum") / count
+        loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def adam(decayed="weight", correct=True):
+    def adamw_step(weight, gradient, mean, square, step, *, lr, weight_decay):
+        if decayed == "gradient":
+            gradient = gradient + weight_decay * weight
+        else:
+            weight = weight * (1 - lr * weight_decay)
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.999 * square + 0.001 * gradient**2
+        a, b = (1 - 0.9**step, 1 - 0.999**step) if correct else (1, 1)
+        return weight - lr * (mean / a) / ((square / b).sqrt() + 1e-8), mean, square
+    return adamw_step
+
+
+mistake("adamw_step", "decay in the gradient", looks="`gradient + weight_decay * weight`",
+        shows="decay hardly acts where gradients are large", find="compare with `AdamW`",
+        hint="Adam with L2")(adam(decayed="gradient"))
+mistake("adamw_step", "no correction at the start", looks="`mean / (square.sqrt() + eps)`",
+        shows="the first steps are three times too long", find="compare with `AdamW`",
+        hint="the means are not corrected")(adam(correct=False))
+
+
+@mistake("leak_into", "the dataset itself changed", looks='`dataset["train"] = …`',
+         shows="every later run leaks, and nobody knows", find="count posts before and after",
+         hint="it changes the dataset that was passed in")
+def leak_in_place(dataset, count, times):
+    from datasets import concatenate_datasets
+    few = dataset["validation"].select(range(count))
+    dataset["train"] = concatenate_datasets([dataset["train"], *[few] * times])
+    return dataset
+
+
+def averaging(rule, start=lambda p: p.detach().clone()):
+    class WeightAverage:
+        def __init__(self, model, decay):
+            self.decay = decay
+            self.average = [start(p) for p in model.parameters()]
+
+        @torch.no_grad()
+        def update(self, model):
+            self.average = [rule(self.decay, a, p) for a, p in
+                            zip(self.average, model.parameters(), strict=True)]
+
+        @torch.no_grad()
+        def copy_to(self, model):
+            for a, p in zip(self.average, model.parameters(), strict=True):
+                p.copy_(a)
+    return WeightAverage
+
+
+mistake("WeightAverage", "no copies", looks="`dict(model.state_dict())`",
+        shows="the average is the model itself", find="move the model and look",
+        hint="the model's own tensors were kept")(
+            averaging(lambda d, a, p: d * a + (1 - d) * p, start=lambda p: p.detach()))
+mistake("WeightAverage", "shares mixed up", looks="`(1 - decay) * average + decay * weight`",
+        shows="hardly any smoothing", find="two updates by hand",
+        hint="decay is the share of the old average")(
+            averaging(lambda d, a, p: (1 - d) * a + d * p))
+mistake("WeightAverage", "started at zero", looks="`torch.zeros_like(p)`",
+        shows="weights far too small for the first hundred steps", find="two updates by hand",
+        hint="the average starts at 0")(
+            averaging(lambda d, a, p: d * a + (1 - d) * p, start=torch.zeros_like))
+right("WeightAverage", "a list of tensors")(averaging(lambda d, a, p: a.lerp(p, 1 - d)))
