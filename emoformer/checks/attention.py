@@ -1026,7 +1026,10 @@ def silent_names(function):
     names = function(layer, sample(2, 5, 6, seed=37))
     expect(isinstance(names, (list, tuple, set)), "it must return a list of names, but it "
            f"returns a {type(names).__name__}")
-    names = {str(name) for name in names}
+    expect(all(isinstance(name, str) for name in names), "it must return the names of the "
+           "parameters (named_parameters), not the parameters")
+    names = set(names)
+    expect(names != {"heard", "tail"}, "it names the parameters that do have a gradient")
     missing, extra = wanted - names, names - wanted
     expect("unused" in names or not missing, "a parameter that is never used has no gradient "
            "at all, parameter.grad is None: it is silent too")
@@ -1072,6 +1075,9 @@ def temperature_weights(function):
             [("the scores are multiplied by the temperature, not divided: hot must mean "
               "even", lambda heat=heat: (SCORES * heat).softmax(-1)),
              ("the temperature is not used", lambda: SCORES.softmax(-1)),
+             ("there is no softmax: these are scores", lambda heat=heat: SCORES / heat),
+             ("the exponentials are not divided by their sum",
+              lambda heat=heat: (SCORES / heat).exp()),
              ("the weights are divided, not the scores: they no longer sum to 1",
               lambda heat=heat: SCORES.softmax(-1) / heat),
              ("the scores are divided by the root of the temperature",
@@ -1124,6 +1130,10 @@ def back_weights(function):
             f"{before.tolist()}",
         )
         expect(
+            most[0] > 0.9 or most[1:].min() < 0.9,
+            "the first token looks at nobody in particular: its query must fit its own key",
+        )
+        expect(
             most.min() > 0.9,
             f"they look where they should, but with a weight of {most.min():.2f} only: make "
             "the queries louder. (The scores are divided by √d_head)",
@@ -1144,6 +1154,10 @@ def decoder_both(function):
     mask = function(real.clone())
     expect_tensor(mask, what="the mask")
     expect(mask.dtype == torch.bool, f"the mask must be bool, but it is {mask.dtype}")
+    expect(
+        tuple(mask.shape) != (6, 6),
+        "it is (seq_len, seq_len), the same for all texts: the padding is not in it",
+    )
     expect(
         tuple(mask.shape) in {(3, 6, 6), (3, 1, 6, 6)},
         f"the mask must be (batch, seq_len, seq_len) = (3, 6, 6), but it is "
@@ -1369,9 +1383,9 @@ def blocks_gradient(function):
                "each input, in their order, and None for block")
         explain(mine, right,
                 [(hint, lambda t=t: t) for hint, t in causes[name]],
-                f"the gradient of the {name} is wrong. Of the values it is weightsᵀ · grad; "
-                "of the scores, weights · (grad · valueᵀ - (grad · out).sum(-1)); then the "
-                "product rule for query · key / √d_head", 1e-6)
+                f"the outputs are right, but the gradient of the {name} is wrong. Take the "
+                "steps of the way back one at a time, values, softmax, product, and compare "
+                "each with autograd's on a few tokens, in float64", 1e-6)
 
 
 @blocks_battery.property("never makes the table of all weights")

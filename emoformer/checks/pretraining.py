@@ -1772,7 +1772,7 @@ class Settings:
     learning_rate: float = 1e-2
     warmup: float = 0.4
     weight_decay: float = 0.3
-    clip: float = 0.5
+    clip: float = 1.6
     share: float = 0.3
     words: float = 2.1
     labels: float = 4.8
@@ -3041,8 +3041,12 @@ train_battery = Battery("train_at", "train_at(share, steps=120) -> loss, holes s
 
 def trained(function, share, steps):
     """Call the reader's train_at for a few steps."""
+    def call():
+        with own_dice():
+            return function.thing(share, steps)
+
     with unhurried():
-        result = function.run(lambda: function.thing(share, steps))
+        result = function.run(call)
     expect(isinstance(result, (tuple, list)) and len(result) == 2, "it must return two "
            "numbers: the loss at the holes of unseen posts, and how many holes were seen")
     return float(result[0]), int(result[1])
