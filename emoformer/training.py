@@ -155,7 +155,8 @@ class WordCutter:
         model = json.loads(tokenizer.to_str())["model"]
         self.words = None  # cut at the first call
         self.vocab = model["vocab"]
-        self.ranks = {tuple(pair): i for i, pair in enumerate(model["merges"])}
+        merges = model["merges"] if dropout else []  # WordPiece has none
+        self.ranks = {tuple(pair): i for i, pair in enumerate(merges)}
 
     def __call__(self, seed):
         """Encode all texts.
@@ -558,9 +559,6 @@ def training_step(model, batch, optimizer, config, accelerator, weights=None):
 
     Returns:
         The loss, a scalar without gradient.
-
-    Raises:
-        FloatingPointError: the loss is not finite.
     """
     batch = dict(batch)
     labels = batch.pop("labels")
@@ -605,6 +603,8 @@ def train(
     Raises:
         ValueError: the folder holds a run with other settings, or the
             labels do not fit the model.
+        FloatingPointError: the loss was not finite; the folder then holds
+            the run up to the epoch before.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -668,9 +668,15 @@ def train(
             ))
             step += 1
             bar.update()
+        train_loss = torch.stack(losses).mean().item()
+        if not math.isfinite(train_loss):  # looked at once: .item() waits
+            raise FloatingPointError(
+                f"the loss must be finite, but in epoch {epoch + 1} it was "
+                f"{train_loss}: lower the learning rate"
+            )
         history.append({
             "epoch": epoch + 1,
-            "train_loss": torch.stack(losses).mean().item(),
+            "train_loss": train_loss,
             **evaluate(plain, tokenizer, dataset["validation"]),
         })
         accelerator.log(history[-1], step=epoch + 1)

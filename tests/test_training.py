@@ -352,6 +352,22 @@ def test_what_is_in_no_group_does_not_learn(few, tokenizer, model, tmp_path):
     assert moved == {"head.weight", "head.bias"}
 
 
+def test_a_loss_that_is_not_finite_stops_the_run(few, tmp_path, monkeypatch):
+    step, calls = training.training_step, []
+
+    def breaks_in_the_second_epoch(*arguments):
+        calls.append(1)
+        loss = step(*arguments)
+        return loss * float("nan") if len(calls) == 5 else loss
+
+    monkeypatch.setattr(training, "training_step", breaks_in_the_second_epoch)
+    config = TrainingConfig(epochs=3, batch_size=math.ceil(len(few["train"]) / 4))
+    with pytest.raises(FloatingPointError, match="in epoch 2 it was nan: lower"):
+        train_from_scratch(few, tmp_path, config, tracker=None, **TINY)
+    assert len(training.load_tensors(tmp_path / "training_state.pt")["history"]) == 1
+    assert training.load_model(tmp_path)
+
+
 def test_other_settings_do_not_resume(few, tmp_path):
     train_from_scratch(few, tmp_path, TrainingConfig(epochs=1), tracker=None, **TINY)
     with pytest.raises(ValueError, match="own settings only"):

@@ -1,5 +1,6 @@
 """Write the appendix of mistakes from the bank: python book/_tools/mistakes.py."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ shape, and even learn something. They are kept as code in `tests/bank/`, one fil
 chapter. `make test` runs the check of its layer on
 each and demands that it fails with the hint for just this mistake; {right} implementations
 that look different and are right must pass. `python -m tests.bank` prints every one
-with the hint that it gets.
+with the hint that it gets, and {exercises} wrong answers to exercises as well.
 
 Read a table when something is odd, from its middle column: how it shows. To check a
 layer of your own:
@@ -35,10 +36,17 @@ check(MyMultiHeadSelfAttention)
 def page():
     """Return the appendix as Markdown: a table for each layer, by chapter."""
     mistakes, right = load()
-    parts = [HEAD.format(mistakes=len(mistakes), right=len(right))]
+    exported = set()
+    for path in (ROOT / "emoformer").glob("*.py"):
+        listed = re.search(r"__all__ = \[(.*?)\]", path.read_text("utf-8"), re.DOTALL)
+        exported |= set(re.findall(r"\w+", listed[1])) if listed else set()
+    told = [m for m in mistakes if m.layer in exported]
+    parts = [HEAD.format(
+        mistakes=len(told), exercises=len(mistakes) - len(told), right=len(right)
+    )]
     chapter = None
     for battery in sorted(BATTERIES.values(), key=lambda b: b.chapter):
-        rows = [m for m in mistakes if m.layer == battery.name]
+        rows = [m for m in told if m.layer == battery.name]
         if not rows:
             continue
         if battery.chapter != chapter:
@@ -48,11 +56,7 @@ def page():
         table = ["| mistake | how it looks | how it shows | how to find it |",
                  "|---|---|---|---|"]
         for m in rows:
-            cells = (m.name, m.looks, m.shows, m.find)
-            if wrong := [cell for cell in cells if "|" in cell or "\n" in cell]:
-                raise ValueError(
-                    f"a cell of the table must hold no | and no line break, but: {wrong}"
-                )
+            cells = (c.replace("|", "\\|") for c in (m.name, m.looks, m.shows, m.find))
             table.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(table) + "\n")
     return "\n".join(parts)

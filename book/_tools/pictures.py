@@ -1,6 +1,6 @@
 """Draw the whole model with one part lit: python book/_tools/pictures.py [folder].
 
-One drawing for each chapter of parts I and II, all alike but for what is lit.
+One drawing for each chapter, all alike but for what is lit.
 """
 
 import sys
@@ -48,6 +48,10 @@ CHAPTERS = {
     "finetuning": (
         {"head", "scores", "loss"},
         "a new head, and the loss that teaches it fast and the rest slowly",
+    ),
+    "bert": (
+        {"tokens", "embedding", "attention", "norm", "feedforward"},
+        "all that a checkpoint's folder fills: tokenizer, embedding and layers",
     ),
 }
 
@@ -188,6 +192,16 @@ def draw(chapter):
                   "ink-soft", True, (4, 2, 1)[i])
             for i, (y0, x) in enumerate(zip(heights, ends, strict=True))
         ) + box(341, row, 70, 28, "loss", True)
+    if chapter == "bert":
+        row, right, x = places[2][0], LEFT + BOX, 398  # clear of the shapes' text
+        teach = (
+            arrow([(x, row - 2), (x, places[1][0] + 14), (right + 4, places[1][0] + 14)],
+                  "ink-soft", True)
+            + arrow([(339, row + 14), (right + 4, row + 14)], "ink-soft", True)
+            + arrow([(x, row + 30), (x, places[5][0] + 22), (right + 16, places[5][0] + 22)],
+                    "ink-soft", True)
+            + box(341, row, 70, 28, "folder", True)
+        )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 6}" '
         f'width="{WIDTH}" height="{y + 6}" font-family="sans-serif" '

@@ -18,17 +18,6 @@ from .bench import Battery, Broke, Skip, Wrong, expect, expect_tensor, explain, 
 REFUSALS = (ValueError, TypeError, AssertionError)
 
 
-class _Digit(str):
-    """A name that ends in a digit.
-
-    Who looks for a battery takes digits at the end of a reader's name for a
-    version, as in ``attention2``, so ours must be found without its own.
-    """
-
-    def replace(self, *change):
-        return re.sub(r"\d+$", "", super().replace(*change))
-
-
 # What all of them use
 
 
@@ -444,7 +433,7 @@ def confusion_refuses(function):
 # precision_recall_f1
 
 prf_battery = Battery(
-    _Digit("precision_recall_f1"),
+    "precision_recall_f1",
     "precision_recall_f1(confusion) -> precision, recall, f1, each (…, num_labels)",
     chapter=9, takes=("confusion",),
 )
@@ -660,7 +649,7 @@ def prf_square(function):
 # macro_f1
 
 macro_battery = Battery(
-    _Digit("macro_f1"), "macro_f1(confusion) -> float", chapter=9, takes=("confusion",),
+    "macro_f1", "macro_f1(confusion) -> float", chapter=9, takes=("confusion",),
 )
 
 
@@ -2466,7 +2455,7 @@ def expect_seeded(call):
 
 
 weighted_battery = Battery(
-    _Digit("weighted_f1"), "weighted_f1(confusion) -> float", chapter=9,
+    "weighted_f1", "weighted_f1(confusion) -> float", chapter=9,
     takes=("confusion",),
 )
 

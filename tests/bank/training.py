@@ -1295,7 +1295,7 @@ changed("train_from_scratch", "vocab_size as asked for", book.train_from_scratch
         looks="`vocab_size=vocab_size`", shows="rows of the embedding that no token uses",
         find="compare the two", hint="ask the tokenizer")
 changed("train_from_scratch", "changes lose", book.train_from_scratch,
-        ("**SCRATCH | changes", "**changes | SCRATCH"), looks="`changes | SCRATCH`",
+        ("**SCRATCH | changes", "**changes | SCRATCH"), looks="`SCRATCH` merged last",
         shows="every variant of the ablation is the same model", find="print the config",
         hint="changes come after SCRATCH")
 changed("train_from_scratch", "six classes always", book.train_from_scratch,
