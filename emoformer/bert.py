@@ -109,7 +109,7 @@ def read_tokenizer(folder):
         folder: the checkpoint's folder.
 
     Returns:
-        A ``tokenizers.Tokenizer`` that neither cuts nor pads: `encode` and
+        A ``tokenizers.Tokenizer`` that neither cuts nor pads: ``encode`` and
         `make_batch` do.
 
     Raises:

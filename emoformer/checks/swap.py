@@ -225,8 +225,9 @@ def use(**layers):
         A list of notes.
 
     Raises:
-        Refused: (a ``ValueError``) there is no place for such a name, a layer
-            fails its check, or the encoder differs from PyTorch's.
+        ValueError: (a ``Refused``, whose ``report`` is the failed check's)
+            there is no place for such a name, a layer fails its check, or
+            the encoder differs from PyTorch's.
     """
     places = sockets()
     for name, thing in layers.items():
