@@ -58,7 +58,7 @@ def page():
         for m in rows:
             cells = (c.replace("|", "\\|") for c in (m.name, m.looks, m.shows, m.find))
             table.append("| " + " | ".join(cells) + " |")
-        parts.append("\n".join(table) + "\n")
+        parts.append("\n".join([":::{container} mistakes", *table, ":::"]) + "\n")
     return "\n".join(parts)
 
 

@@ -558,7 +558,7 @@ mistake(ENDS, "one-sided", looks="`quantile(values, [0.05, 1.0])`",
         )(ends(lambda v, c: (v.quantile(1 - c), v.max())))
 mistake(ENDS, "5 % off each end", looks="`quantile(values, [0.05, 0.95])`",
         shows="an interval of 90 % that says 95", find="count values inside",
-        hint="halve it",
+        hint="cut off at both ends: halve it",
         )(ends(lambda v, c: (v.quantile(1 - c), v.quantile(c))))
 mistake(ENDS, "quantiles in percent", looks="`np.percentile(values, [0.025, 0.975])`",
         shows="both ends near the smallest value", find="the median must lie inside",
