@@ -922,7 +922,7 @@ def multiplied(logits, labels):
 
 @mistake(HEAT, "fitted on accuracy", looks="`max(grid, key=accuracy)`",
          shows="the first value of the grid: no T changes an answer",
-         find="two models, one temperature", hint="accuracy")
+         find="two models, one temperature", hint="fits accuracy, no T is better")
 def on_accuracy(logits, labels):
     book.fit_temperature(logits, labels)
     grid = np.geomspace(0.01, 100, 200)
@@ -965,7 +965,7 @@ def own_answers(logits, labels):
 
 @mistake(HEAT, "runs off", looks="no bounds for T",
          shows="a model that is always right gets T = 0, and then NaN",
-         find="two texts, both right", hint="runs off")
+         find="two texts, both right", hint="it runs off to 0")
 def runs_off(logits, labels):
     t = book.fit_temperature(logits, labels)
     return 0.0 if t < 0.0101 else t
@@ -1077,7 +1077,7 @@ mistake("swap_test", "all swapped together", looks="`flip = rng.random() < 0.5`"
     swapping(pick=lambda rng, n: np.full(n, rng.random() < 0.5)))
 mistake("swap_test", "p of 0", looks="`reached / rounds`",
         shows="a claim that chance could never do it", find="perfect against poor",
-        hint="p is 0")(swapping(finish=lambda reached, rounds: reached / rounds))
+        hint="p is 0, as if")(swapping(finish=lambda reached, rounds: reached / rounds))
 
 
 def perfect(choose=lambda p, g: torch.multinomial(p, 1, generator=g)[:, 0], use=True):

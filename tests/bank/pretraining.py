@@ -463,7 +463,7 @@ def loss_nan(logits, input_ids, chosen):
 
 @mistake(LOSS, "a bare zero", looks="`return torch.tensor(0.0)`",
          shows="backward() raises at the first batch without holes",
-         find="as above, with `backward`", hint="a bare 0")
+         find="as above, with `backward`", hint="the loss is a bare 0")
 def loss_bare_zero(logits, input_ids, chosen):
     labels = labels_of(logits, input_ids, chosen)
     return F.cross_entropy(logits, labels) if len(labels) else torch.tensor(0.0)
@@ -872,7 +872,7 @@ def sliced_open(logits, labels, allowed):
 
 @mistake(SLICED, "closed by zero", looks="`logits * allowed`",
          shows="closed outputs still take a share: e⁰ is 1", find="compare with two heads",
-         hint="e^0 is 1")
+         hint="set to 0, but e^0 is 1")
 def sliced_zero(logits, labels, allowed):
     keep = labels >= 0
     if not keep.any():
@@ -931,7 +931,7 @@ def sliced_inf_times_zero(logits, labels, allowed):
 
 @mistake(SLICED, "closed by -100", looks="`masked_fill(~allowed, -100)`",
          shows="leaks for loud scores, and a little gradient", find="scores of 1,000",
-         hint="closed")
+         hint="closed outputs need minus infinity")
 def sliced_hundred(logits, labels, allowed):
     keep = labels >= 0
     if not keep.any():
