@@ -339,7 +339,7 @@ def test_few_are_nested_distinct_and_of_each_class(rest, seed, data):
     assert set(texts) <= set(large["text"])
     assert set(small["label"]) == {0, 1, 2, 3}
     assert list(take_few(dataset, count, seed)["text"]) == texts
-    known = dict(zip(dataset["text"], dataset["label"]))
+    known = dict(zip(dataset["text"], dataset["label"], strict=True))
     assert [known[text] for text in texts] == list(small["label"])
     assert small.features == dataset.features
 
