@@ -2,7 +2,6 @@
 
 import copy
 import math
-import signal
 
 import torch
 import torch.nn.functional as F
@@ -33,20 +32,6 @@ def refused(subject, call, hint):
             raise
         return
     raise Wrong(hint)
-
-
-def warm_up():
-    """Let PyTorch import what its meta device needs, with the time limit paused.
-
-    It takes seconds, once, and whoever is checked is not to blame for them.
-    """
-    timed = hasattr(signal, "setitimer")
-    waiting = signal.setitimer(signal.ITIMER_REAL, 0) if timed else None
-    try:
-        torch.empty(1, device="meta") * 2.0
-    finally:
-        if timed and waiting[0]:
-            signal.setitimer(signal.ITIMER_REAL, *waiting)
 
 
 # The sinusoidal table, right and wrong, in float64
@@ -1038,7 +1023,6 @@ def expect_gradient(layer, name, got, tilt, kind, right):
 
 @embed.property("moves to other devices and dtypes, the position table too")
 def embed_moves(layer):
-    warm_up()
     kinds = ("sinusoidal", "learned", "none") if "positions" not in layer.lacks else (
         "learned",)
     segments = S if "num_segments" not in layer.lacks else 0

@@ -21,7 +21,6 @@ from .bench import (
     sample,
     scramble,
 )
-from .embedding import warm_up
 
 # The bends
 
@@ -681,7 +680,6 @@ def ffn_learning(layer):
 
 @ffn.property("moves to other devices and dtypes")
 def ffn_moves(layer):
-    warm_up()
     expect_to_move(layer, lambda: build(layer), X)
     half = build(layer).to(torch.bfloat16)
     out = layer.run(half, X.to(torch.bfloat16))

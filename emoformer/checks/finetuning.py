@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .bench import Battery, Broke, Wrong, expect, near, scramble
+from .bench import Battery, Broke, Wrong, expect, near, scramble, unhurried
 from .pretraining import (
     LABEL_NAMES,
     SMALL,
@@ -25,7 +25,6 @@ from .pretraining import (
     same,
     tensors_of,
     transformer,
-    unhurried,
     working,
     world,
 )

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import random
-import signal
 import tempfile
 from dataclasses import FrozenInstanceError, asdict, dataclass, replace
 from itertools import permutations
@@ -34,6 +33,7 @@ from .bench import (
     near,
     sample,
     scramble,
+    unhurried,
 )
 
 PAD, UNK, CLS, SEP, MASK = range(5)
@@ -116,19 +116,6 @@ def own_dice():
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-
-
-@contextlib.contextmanager
-def unhurried():
-    """Stop the clock of the time limit: a first import may take seconds."""
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
-    waiting = signal.setitimer(signal.ITIMER_REAL, 0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, *waiting)
 
 
 def tensors_of(module):
