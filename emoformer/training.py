@@ -601,11 +601,17 @@ def train(
         weights of the best epoch.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or the
-            labels do not fit the model.
+        ValueError: the folder holds a run with other settings, the labels
+            do not fit the model, or tokens shall be hidden and the
+            tokenizer's [MASK] is not `MASK_ID`.
         FloatingPointError: the loss was not finite; the folder then holds
             the run up to the epoch before.
     """
+    if config.hide and tokenizer.token_to_id("[MASK]") != MASK_ID:
+        raise ValueError(
+            f"hide must be 0 where [MASK] is not token {MASK_ID}, but it is "
+            f"{config.hide} and [MASK] is {tokenizer.token_to_id('[MASK]')}"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(log_with=tracker, project_dir=folder)

@@ -797,6 +797,15 @@ def test_finetune_takes_it(whole, tmp_path):
     assert not torch.equal(moved, before["classifier.encoder.layers.0.attention.query.weight"])
 
 
+def test_hiding_tokens_of_another_vocabulary_is_refused(whole, tmp_path, monkeypatch):
+    model, tokenizer, _ = from_pretrained(whole)
+    monkeypatch.setattr("emoformer.training.MASK_ID", 103)  # as in real BERT
+    settings = replace(FINETUNING, epochs=1, hide=0.2, bpe_dropout=0.0)
+    with pytest.raises(ValueError, match="hide must be 0 where .* but it is 0.2"):
+        finetune(model, tokenizer, load_sample(), settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_it_can_be_saved_as_one_of_ours(whole, tmp_path):
     model, tokenizer, _ = from_pretrained(whole)
     save_half(tmp_path / "ours", model, tokenizer, [f"label {i}" for i in range(6)])
