@@ -7,6 +7,7 @@ __all__ = ['LayerNorm', 'EncoderLayer', 'TransformerEncoder', 'init_weights']
 
 # %% ../chapters/06_encoder.ipynb #imports-module
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .attention import MultiHeadSelfAttention
@@ -50,11 +51,12 @@ class LayerNorm(nn.Module):
                 f"wide, but its shape is {tuple(x.shape)}"
             )
         # 16 bits are too few for a sum of squares and for an eps of 1e-12.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        centred = wide - wide.mean(dim=-1, keepdim=True)
-        variance = centred.square().mean(dim=-1, keepdim=True)  # (…, 1)
-        normal = centred * torch.rsqrt(variance + self.eps)
-        return (normal * self.weight + self.bias).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normal = F.layer_norm(  # the same mathematics in one pass over x
+            x.to(wide), self.weight.shape, self.weight.to(wide),
+            self.bias.to(wide), self.eps,
+        )
+        return normal.to(x.dtype)
 
 # %% ../chapters/06_encoder.ipynb #layer
 class EncoderLayer(nn.Module):

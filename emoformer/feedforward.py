@@ -9,6 +9,7 @@ __all__ = ['relu', 'gelu', 'gelu_tanh', 'FeedForward']
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # %% ../chapters/05_feedforward.ipynb #relu
@@ -61,12 +62,13 @@ class FeedForward(nn.Module):
     Args:
         d_model: width of the vectors that come in and go out.
         d_ff: width in between; usually 4 · ``d_model``.
-        activation: a function from tensor to tensor, elementwise.
+        activation: a function from tensor to tensor, elementwise. The
+            default is `gelu` as PyTorch computes it, in one pass.
 
     Source: Vaswani et al. (2017), section 3.3; BERT's activation is GELU.
     """
 
-    def __init__(self, *, d_model, d_ff, activation=gelu):
+    def __init__(self, *, d_model, d_ff, activation=F.gelu):
         super().__init__()
         self.expand = nn.Linear(d_model, d_ff)
         self.contract = nn.Linear(d_ff, d_model)
