@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 STAMP := $(VENV)/.ready
 
-.PHONY: book test execute export reproduce student serve lab clean
+.PHONY: book test execute export reproduce ladder parity speed student serve lab clean
 book: $(STAMP)  ## render the book from the committed outputs
 	$(BIN)/jupyter-book build . -W -n --keep-going
 
@@ -22,6 +22,9 @@ export: $(STAMP)  ## write the package from the chapters
 
 reproduce: $(STAMP)  ## measure results/ again (one rung: make reproduce RUNG=scratch)
 	$(BIN)/python book/_tools/reproduce.py $(RUNG)
+
+ladder parity speed: $(STAMP)  ## print a table: the scores, our layers beside BERT's, the times
+	$(BIN)/python -m tests.benchmarks.tables $@
 
 student: $(STAMP)  ## a copy to fill in (whole chapters in it: make student DONE="01 02")
 	$(BIN)/python book/_tools/student.py $(or $(STUDENT),student) $(DONE)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['read_weights', 'wordpiece', 'read_tokenizer', 'read_config', 'name_table', 'Pooler', 'PretrainedBert', 'fetch',
-           'Mapping', 'from_pretrained']
+           'Mapping', 'from_pretrained', 'soft_cross_entropy', 'distill']
 
 # %% ../chapters/12_bert.ipynb #imports-module
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,11 +18,16 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers import pre_tokenizers, processors
 from torch import nn
+from tqdm import tqdm
 
 from .classifier import EmoformerConfig
 from .encoder import init_weights
 from .pretraining import PretrainingModel
-from .tokens import SPECIAL_TOKENS
+from .tokens import SPECIAL_TOKENS, bucket_by_length, make_batch
+from .training import WordCutter, _refuse_another_mask
+from .training import choose_precision, hide_tokens
+from .training import learning_rate_factor, parameter_groups
+from .training import resume, save_atomically
 
 # %% ../chapters/12_bert.ipynb #read-weights
 def read_weights(folder):
@@ -464,3 +470,115 @@ def from_pretrained(name, *, num_labels=6, pooling="mean", **classes):
     left_out = sorted(weights.keys() - set(mapped.values()))
     missing = [mine for mine in ours if mine not in found]
     return model.eval(), tokenizer, Mapping(mapped, left_out, missing)
+
+# %% ../chapters/12_bert.ipynb #soft-loss
+def soft_cross_entropy(logits, targets):
+    """Measure how surprised a model is by another one's opinion.
+
+    Args:
+        logits: (batch, num_labels), floating.
+        targets: (batch, num_labels), probabilities; each row sums to 1.
+
+    Returns:
+        A scalar: the mean over the batch of -Σ target · log p.
+
+    Source: Hinton, Vinyals and Dean (2015), at temperature 1.
+    """
+    log_probabilities = logits - logits.logsumexp(dim=-1, keepdim=True)
+    return -(targets * log_probabilities).sum(dim=-1).mean()
+
+# %% ../chapters/12_bert.ipynb #distill
+def distill(student, tokenizer, texts, targets, config, folder):
+    """Teach a small model what a large one says of texts without labels.
+
+    The step is chapter 08's with another loss. The state is saved after
+    every epoch; called again with the same arguments, it goes on from there.
+
+    Args:
+        student: a `TransformerForSequenceClassification`.
+        tokenizer: the student's own; the teacher may read by another one.
+        texts: a list of strings.
+        targets: (texts, num_labels) float, the teacher's probabilities.
+        config: a `TrainingConfig`; ``class_weights`` has no meaning here.
+        folder: where the state is kept.
+
+    Returns:
+        The mean loss of each epoch, a list of floats. The student then
+        holds the weights after the last one.
+
+    Raises:
+        ValueError: ``targets`` does not fit, the folder holds a run with
+            other settings, or tokens shall be hidden and the tokenizer's
+            [MASK] is not `MASK_ID`.
+        FloatingPointError: the loss is not finite.
+    """
+    _refuse_another_mask(tokenizer, "hide", config.hide)
+    wanted = (len(texts), student.config.num_labels)
+    if targets.shape != wanted:
+        raise ValueError(
+            f"targets must be (texts, num_labels) = {wanted}, but its shape is "
+            f"{tuple(targets.shape)}"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    device = next(student.parameters()).device
+    optimizer = torch.optim.AdamW(
+        parameter_groups(student, config.weight_decay), lr=config.learning_rate,
+        fused=True,
+    )
+    settings = {
+        "training": asdict(config), "model": asdict(student.config),
+        "texts": len(texts), "targets": targets.double().sum(dim=0).tolist(),
+    }
+    state = folder / "distillation_state.pt"
+    losses = resume(state, settings, student, optimizer)
+    cutter = WordCutter(
+        tokenizer, texts, dropout=config.bpe_dropout,
+        max_len=student.config.max_len, ways=6,
+    )
+    half = choose_precision(config.precision) == "bf16"
+    an_epoch = math.ceil(len(texts) / config.batch_size)
+    total = config.epochs * an_epoch
+    bar = tqdm(total=total, initial=len(losses) * an_epoch, desc="distilling", unit="step")
+    student.train()
+    for epoch in range(len(losses), config.epochs):
+        seed = 1_000_003 * config.seed + 1009 * epoch
+        torch.manual_seed(seed)  # for dropout
+        generator = torch.Generator().manual_seed(seed)
+        rows, of_epoch = cutter(seed), []
+        batches = bucket_by_length(
+            [len(row) for row in rows], batch_size=config.batch_size, seed=seed
+        )
+        for step, chosen in enumerate(batches, start=epoch * an_epoch):
+            batch = make_batch(
+                [rows[i] for i in chosen], vocab_size=student.config.vocab_size
+            )
+            batch["input_ids"] = hide_tokens(batch["input_ids"], config.hide, generator)
+            factor = learning_rate_factor(
+                step, warmup=round(config.warmup * total), total=total
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * factor
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                logits = student(**{k: v.to(device) for k, v in batch.items()})
+            loss = soft_cross_entropy(logits.float(), targets[chosen].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(student.parameters(), config.clip)
+            optimizer.step()
+            of_epoch.append(loss.detach())
+            bar.update()
+        losses.append(torch.stack(of_epoch).mean().item())
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(
+                f"the loss must be finite, but in epoch {epoch + 1} it was "
+                f"{losses[-1]}: lower the learning rate"
+            )
+        save_atomically({
+            "settings": settings, "history": losses,
+            "model": student.state_dict(), "optimizer": optimizer.state_dict(),
+        }, state)
+    bar.close()
+    student.eval()
+    return losses

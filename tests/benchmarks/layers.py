@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from statistics import median, quantiles
 
 import torch
@@ -99,8 +100,7 @@ def time_encoders(rounds=ROUNDS, batches=BATCHES, lengths=LENGTHS, padded=PADDED
         ids, mask = make_input(batch, seq_len, padded[padding])
         steps = {name: make_step(name, work, precision) for name in RIVALS}
         seconds = interleave(
-            {name: lambda step=step: step(ids, mask) for name, step in steps.items()},
-            rounds,
+            {name: partial(step, ids, mask) for name, step in steps.items()}, rounds,
         )
         rows.append({
             "padding": padding, "work": work, "precision": precision,

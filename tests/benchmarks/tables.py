@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+import transformers
+
 from tests.benchmarks.parity import LIMIT, measure_parity
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -31,6 +33,7 @@ def table(head, rows):
 
 def parity():
     """Compare with Hugging Face now, and fail where a part is off."""
+    transformers.utils.logging.disable_progress_bar()
     measured = measure_parity()
     parts = list(dict.fromkeys(part for found in measured.values() for part in found))
     table(["largest difference", *measured], [
@@ -80,7 +83,7 @@ def speed():
     )
     share = measured["share"]
     table(
-        ["share of the matrix peak in training", "peak GFLOP/s", "best share", "at batch", "length"],
+        ["training's share of the peak", "peak GFLOP/s", "best share", "batch", "length"],
         [[name, f"{share['peak'][name] / 1e9:.0f}", f"{best:.0%}", str(batch), str(seq_len)]
          for name, (best, batch, seq_len) in share["best_share"].items()],
     )
