@@ -49,6 +49,17 @@ def describe_finetuning(parts):
         named["forgetting.before"] = f"{row['words_before']:.2f}"
         words = statistics.mean(row["words_after"])
         named["forgetting." + row["name"].replace(" ", "-")] = f"{words:.2f}"
+    if row := parts.get("distilled-emotion"):
+        named["distilled.texts"] = f"{row['texts']:,}"
+    return named
+
+
+def describe_speed(parts):
+    """Name speed.training-<precision> and speed.inference: times as fast."""
+    named = {"speed.inference": f"{parts['inference']['ratio']:.1f}"}
+    for row in parts["training"]:
+        name = "bfloat16" if row["precision"] == "bf16" else "float32"
+        named[f"speed.training-{name}"] = f"{row['ratio']:.1f}"
     return named
 
 
@@ -112,6 +123,8 @@ def known_numbers(results=ROOT / "results"):
     if (results / "pretraining.json").exists():
         parts = json.loads((results / "pretraining.json").read_text())
         named |= describe_pretraining(parts)
+    if (results / "speed.json").exists():
+        named |= describe_speed(json.loads((results / "speed.json").read_text()))
     return named
 
 

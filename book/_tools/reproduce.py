@@ -625,6 +625,7 @@ def distilled():
             )
             for seed in tqdm(MINILM_SEEDS, desc=f"distilled, {task}")
         ]
+        write_part("finetuning.json", f"distilled-{task}", {"texts": len(texts)})
         write_rung(
             "distilled", task, runs, seeds=MINILM_SEEDS, command="distilled",
             extra_data=["all-MiniLM-L6-v2", *mixture],
