@@ -38,7 +38,7 @@ def gelu(x):
 
     Source: Hendrycks and Gimpel (2016).
     """
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    return F.gelu(x)
 
 # %% ../chapters/05_feedforward.ipynb #gelu-tanh
 def gelu_tanh(x):
@@ -62,13 +62,12 @@ class FeedForward(nn.Module):
     Args:
         d_model: width of the vectors that come in and go out.
         d_ff: width in between; usually 4 · ``d_model``.
-        activation: a function from tensor to tensor, elementwise. The
-            default is `gelu` as PyTorch computes it, in one pass.
+        activation: a function from tensor to tensor, elementwise.
 
     Source: Vaswani et al. (2017), section 3.3; BERT's activation is GELU.
     """
 
-    def __init__(self, *, d_model, d_ff, activation=F.gelu):
+    def __init__(self, *, d_model, d_ff, activation=gelu):
         super().__init__()
         self.expand = nn.Linear(d_model, d_ff)
         self.contract = nn.Linear(d_ff, d_model)
