@@ -145,8 +145,10 @@ class MultiHeadSelfAttention(nn.Module):
                 query, key, value, attn_mask=mask,
                 dropout_p=self.dropout.p if self.dropout.training else 0.0,
             )
+        del query, key, value  # no longer needed: room for what follows
         # (batch, num_heads, seq_len, d_head) -> (batch, seq_len, d_model)
-        out = self.output(heads.transpose(1, 2).flatten(start_dim=2))
+        heads = heads.transpose(1, 2).flatten(start_dim=2)
+        out = self.output(heads)
         return (out, weights) if return_weights else out
 
     def _split(self, x):

@@ -117,6 +117,7 @@ class EncoderLayer(nn.Module):
         if return_weights:
             attended, weights = attended
         x = x + self.dropout(attended)
+        del attended  # the widest layer comes next: make room
         if self.norm_first:
             x = x + self.dropout(self.feedforward(self.feedforward_norm(x)))
         else:
