@@ -44,8 +44,8 @@ from emoformer.classifier import EmoformerConfig, TransformerForSequenceClassifi
 from emoformer.data import load_sample
 from emoformer.finetuning import FINETUNING, finetune
 from emoformer.pretraining import PretrainingConfig, load_half, pretrain, save_half
-from emoformer.tokens import SPECIAL_TOKENS, encode, make_batch, train_tokenizer
-from emoformer.training import TrainingConfig, predict
+from emoformer.tokens import MASK_ID, SPECIAL_TOKENS, encode, make_batch, train_tokenizer
+from emoformer.training import TrainingConfig, learning_rate_factor, predict
 from tests.benchmarks.parity import EAGER, differences, minilm
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -856,6 +856,40 @@ def test_a_distillation_goes_on_where_it_stopped(tmp_path, monkeypatch, stop):
     assert bert.distill(again, tokenizer, texts, targets, config, tmp_path / "part") == losses
     for a, b in zip(again.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_every_step_of_a_distillation_is_that_of_chapter_08(tmp_path, monkeypatch):
+    """Rising and falling rate, clipped gradients, and each epoch its own hidden tokens."""
+    rates, norms, seen = [], [], []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, closure=None):
+            rates.append(self.param_groups[-1]["lr"])
+            grads = [p.grad.norm() for g in self.param_groups for p in g["params"]]
+            norms.append(torch.stack(grads).norm().item())
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    student, tokenizer, texts = student_of()
+    student.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["input_ids"]), with_kwargs=True
+    )
+    config = replace(QUICK, epochs=3, hide=0.3, clip=0.01)
+    targets = torch.rand(32, 3, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    bert.distill(student, tokenizer, texts, targets, config, tmp_path)
+    expected = [
+        config.learning_rate * learning_rate_factor(
+            step, warmup=round(12 * config.warmup), total=12
+        )
+        for step in range(12)
+    ]
+    assert rates == pytest.approx(expected) and len(set(rates)) > 6
+    assert max(norms) < 0.0101
+    hidden = [torch.cat([ids.flatten() for ids in seen[i : i + 4]]) for i in (0, 4, 8)]
+    for ids in hidden:
+        text = (ids >= len(SPECIAL_TOKENS)) | (ids == MASK_ID)
+        assert 0.15 < (ids == MASK_ID).sum() / text.sum() < 0.45
+    assert len({tuple(ids.tolist()) for ids in hidden}) == 3
 
 
 def test_a_distillation_refuses(tmp_path):
