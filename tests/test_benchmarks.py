@@ -1,5 +1,7 @@
 """The benchmarks compare what they say they compare, and what was measured holds."""
 
+import json
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from emoformer.tokens import encode, train_tokenizer
 from tests.benchmarks import growth, jobs, layers, tables
 from tests.benchmarks.parity import LIMIT, measure_parity
 from tests.benchmarks.rivals import RIVALS, make_input, make_rival
+
+SPEED = json.loads((tables.RESULTS / "speed.json").read_text("utf-8"))
 
 
 @pytest.mark.parametrize("name", RIVALS[1:])
@@ -98,3 +102,44 @@ def test_tables_print(capsys):
     assert "RoBERTa-base (board)" in text
     for task in ("emotion", "six"):
         assert text.count(f"{task}, test") == 1
+    assert tables.speed()
+    assert "10,000 labels" in capsys.readouterr().out
+
+
+def test_memory_is_a_process_s_own():
+    heavy = torch.ones(64, 2**20)  # 256 MiB here must not hide what the child needs
+    needed = layers.in_own_process("memory_of", "ours", "forward", "float32", 32, 64)
+    assert 10 < needed < 60 and heavy.all()
+
+
+# -- what was measured ------------------------------------------------------
+ENCODERS = [row for row in SPEED["layers"] if row["padding"] == "bucketed"]
+
+
+def test_every_setting_was_measured():
+    assert SPEED.keys() == {
+        "layers", "memory", "training", "inference", "growth", "share", "machine"
+    }
+    seen = {(row["work"], row["precision"], row["batch"], row["seq_len"]) for row in ENCODERS}
+    assert len(seen) == len(ENCODERS) == 2 * 2 * 3 * 3
+    assert all(row["rounds"] >= 20 for row in SPEED["layers"])
+
+
+@pytest.mark.parametrize("row", ENCODERS, ids=lambda row: "-".join(
+    str(row[key]) for key in ("work", "precision", "batch", "seq_len")))
+def test_the_encoder_keeps_up(row):
+    if row["batch"] == 1:
+        assert row["ratio"] >= 0.95
+    else:  # 1.0 within noise: the upper quartile of the rounds reaches it
+        assert row["ratio"] >= 0.97 and row["quartiles"][1] >= 1
+
+
+def test_whole_jobs_are_faster():
+    assert all(row["ratio"] >= 1.5 for row in SPEED["training"])
+    assert SPEED["inference"]["ratio"] >= 2 and SPEED["inference"]["tweets"] == 10_000
+
+
+def test_memory_is_no_higher():
+    for row in SPEED["memory"]:
+        rivals = (row["mib"]["torch"], row["mib"]["transformers"])
+        assert row["mib"]["ours"] <= min(rivals) + max(row["spread"].values()), row
