@@ -603,7 +603,7 @@ def minilm():
 
 
 DISTILLING = TrainingConfig(
-    epochs=2, batch_size=64, learning_rate=5e-4, hide=0.1, bpe_dropout=0.1
+    epochs=5, batch_size=64, learning_rate=5e-4, hide=0.1, bpe_dropout=0.1
 )
 # Texts of the same kind as the task's, without labels of its kind.
 DISTILLED_FROM = {
