@@ -202,8 +202,8 @@ def read_config(folder, **changes):
             layers do not compute.
     """
     path = Path(folder) / "config.json"
-    theirs = _read_json(path)
-    family = theirs.setdefault("model_type")
+    theirs = {"model_type": None} | _read_json(path)  # None is refused below
+    family = theirs["model_type"]
     for name, wanted in _ONLY.items():
         if name in theirs and theirs[name] not in wanted:
             raise ValueError(
@@ -386,6 +386,7 @@ def fetch(name):
             "read here. If you trust it, load it with transformers and write it "
             "again by save_pretrained"
         )
+    # the sizes, the weights, and one of the two kinds of vocabulary
     for wanted in _FILES[:1], _FILES[1:2], _FILES[2:4]:
         if not here & set(wanted):
             raise ValueError(
