@@ -49,7 +49,7 @@ def describe_finetuning(parts):
         named["forgetting.before"] = f"{row['words_before']:.2f}"
         words = statistics.mean(row["words_after"])
         named["forgetting." + row["name"].replace(" ", "-")] = f"{words:.2f}"
-    if row := parts.get("distilled-emotion"):
+    if row := parts.get("distilled"):
         named["distilled.texts"] = f"{row['texts']:,}"
     return named
 

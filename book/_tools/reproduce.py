@@ -605,43 +605,40 @@ def minilm():
 DISTILLING = TrainingConfig(
     epochs=5, batch_size=64, learning_rate=5e-4, hide=0.1, bpe_dropout=0.1
 )
-# Texts of the same kind as the task's, without labels of its kind.
-DISTILLED_FROM = {
-    "emotion": ["sentiment", "hate", "irony", "offensive", "unlabelled"],
-    "six": ["go_emotions"],
-}
+# Tweets, as the emotion task's are; their labels, of other kinds, are not used.
+DISTILLED_FROM = ["sentiment", "hate", "irony", "offensive", "unlabelled"]
 
 
 def distilled():
-    """Teach the encoder of chapter 10 what the fine-tuned MiniLMs say."""
+    """Teach the encoder of chapter 10 what the fine-tuned MiniLMs say of tweets."""
     small, tokenizer, _ = load_half(MODELS / "pretrained", PretrainingModel)
     mixture, _ = real_mixture()
-    for task in TASKS:
-        dataset = reported(task)
-        texts = [text for piece in DISTILLED_FROM[task] for text in mixture[piece]["text"]]
-        targets = opinions(task, texts)
-        runs = [
-            one_run(
-                RUNS / "distilled" / task / f"seed{seed}", dataset,
-                partial(distill_once, small, tokenizer, dataset, texts, targets, seed),
-            )
-            for seed in tqdm(MINILM_SEEDS, desc=f"distilled, {task}")
-        ]
-        write_part("finetuning.json", f"distilled-{task}", {"texts": len(texts)})
-        write_rung(
-            "distilled", task, runs, seeds=MINILM_SEEDS, command="distilled",
-            extra_data=["all-MiniLM-L6-v2", *mixture],
+    dataset = reported("emotion")
+    texts = [text for piece in DISTILLED_FROM for text in mixture[piece]["text"]]
+    targets = opinions(texts)
+    runs = [
+        one_run(
+            RUNS / "distilled" / "emotion" / f"seed{seed}", dataset,
+            partial(distill_once, small, tokenizer, dataset, texts, targets, seed),
         )
+        for seed in tqdm(MINILM_SEEDS, desc="distilled, emotion")
+    ]
+    write_part("finetuning.json", "distilled", {"texts": len(texts)})
+    write_rung(
+        "distilled", "emotion", runs, seeds=MINILM_SEEDS, command="distilled",
+        extra_data=["all-MiniLM-L6-v2", *mixture],
+    )
 
 
-def opinions(task, texts):
+def opinions(texts):
     """The mean probabilities of the fine-tuned MiniLMs, made once."""
-    path = RUNS / "distilled" / task / "opinions.pt"
+    path = RUNS / "distilled" / "emotion" / "opinions.pt"
     if not path.exists():
         half = choose_precision() == "bf16"
         together = 0.0
-        for seed in tqdm(MINILM_SEEDS, desc=f"teachers, {task}"):
-            teacher, its_tokenizer, _ = load_model(RUNS / "minilm" / task / f"seed{seed}")
+        for seed in tqdm(MINILM_SEEDS, desc="teachers"):
+            folder = RUNS / "minilm" / "emotion" / f"seed{seed}"
+            teacher, its_tokenizer, _ = load_model(folder)
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 together = together + predict(teacher, its_tokenizer, texts)
         path.parent.mkdir(parents=True, exist_ok=True)
