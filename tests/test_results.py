@@ -107,6 +107,13 @@ def test_a_real_checkpoint_passes_roberta_base():
     assert statistics.mean(rung("minilm", "six")["macro_f1"]) > own
 
 
+def test_what_the_teachers_say_is_worth_as_much_as_labels():
+    """The distilled student: the size of chapter 10's encoder, and above 72.0."""
+    row = rung("distilled")
+    assert row["parameters"] == rung("pretrained")["parameters"] and len(row["seeds"]) >= 3
+    assert statistics.mean(row["macro_f1"]) > 0.720
+
+
 def test_saved_models_are_whole_and_small():
     _, _, outputs = load_half(MODELS / "pretrained", PretrainingModel)
     _, _, emotions = load_half(MODELS / "six")

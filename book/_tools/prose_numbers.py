@@ -50,7 +50,11 @@ def describe_finetuning(parts):
         words = statistics.mean(row["words_after"])
         named["forgetting." + row["name"].replace(" ", "-")] = f"{words:.2f}"
     if row := parts.get("distilled"):
-        named["distilled.texts"] = f"{row['texts']:,}"
+        last = statistics.mean(losses[-1] for losses in row["train_losses"])
+        named |= {
+            "distilled.texts": f"{row['texts']:,}", "distilled.epochs": str(row["epochs"]),
+            "distilled.loss": f"{last:.2f}", "distilled.doubt": f"{row['doubt']:.2f}",
+        }
     return named
 
 

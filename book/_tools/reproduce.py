@@ -623,7 +623,11 @@ def distilled():
         )
         for seed in tqdm(MINILM_SEEDS, desc="distilled, emotion")
     ]
-    write_part("finetuning.json", "distilled", {"texts": len(texts)})
+    losses = [run["history"][0]["train_losses"] for run in runs]
+    write_part("finetuning.json", "distilled", {
+        "texts": len(texts), "epochs": DISTILLING.epochs, "train_losses": losses,
+        "doubt": -targets.xlogy(targets).sum(dim=-1).mean().item(),  # the least possible
+    })
     write_rung(
         "distilled", "emotion", runs, seeds=MINILM_SEEDS, command="distilled",
         extra_data=["all-MiniLM-L6-v2", *mixture],
