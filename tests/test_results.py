@@ -108,10 +108,10 @@ def test_a_real_checkpoint_passes_roberta_base():
 
 
 def test_what_the_teachers_say_is_worth_as_much_as_labels():
-    """The distilled student: the size of chapter 10's encoder, and above 72.0."""
-    row = rung("distilled")
-    assert row["parameters"] == rung("pretrained")["parameters"] and len(row["seeds"]) >= 3
-    assert statistics.mean(row["macro_f1"]) > 0.720
+    """The distilled student: chapter 10's encoder, level with itself trained on labels."""
+    row, own = rung("distilled"), rung("pretrained")
+    assert row["parameters"] == own["parameters"] and len(row["seeds"]) >= 3
+    assert abs(statistics.mean(row["macro_f1"]) - statistics.mean(own["macro_f1"])) < 0.02
 
 
 def test_saved_models_are_whole_and_small():
