@@ -121,6 +121,9 @@ def known_numbers(results=ROOT / "results"):
         for row in json.loads((results / "ladder.json").read_text()):
             task = "" if row["task"] == "emotion" else row["task"] + "."
             named |= describe(task + row["rung"], row)
+    if (results / "board.json").exists():
+        board = json.loads((results / "board.json").read_text())["emotion"]
+        named |= {f"board.{system}": f"{f1:.1f}" for system, f1 in board.items()}
     if (results / "finetuning.json").exists():
         parts = json.loads((results / "finetuning.json").read_text())
         named |= describe_finetuning(parts)

@@ -343,31 +343,27 @@ ABLATION_STEPS, FEW_SEEDS = 250, [0, 1, 2]
 
 
 def ablation():
-    """Pretrain on one thing at a time, the same number of steps each."""
+    """Pretrain on one thing at a time, the same number of steps each.
+
+    A seed has its own pretraining, so that the luck of that is in the spread.
+    """
     mixture, _ = real_mixture()
     tokenizer, dataset = mixture_tokenizer(mixture), reported("emotion")
     variants, minutes = {}, {}
     for name in ["none", *ABLATION]:
-        model, _ = fresh_encoder(mixture, tokenizer)
-        minutes[name] = 0.0
-        if name != "none":
-            pieces, words, labels = ABLATION[name]
-            folder = RUNS / "ablation" / name
-            part = {k: mixture[k] for k in pieces or mixture}
-            model, outputs = fresh_encoder(part, tokenizer)
-            if not (folder / "config.json").exists():
-                start = time.perf_counter()
-                pretrain(model, tokenizer, part, PretrainingConfig(
-                    epochs=100, steps=ABLATION_STEPS, words=words, labels=labels,
-                ), folder)
-                save_half(folder, model, tokenizer, outputs)
-                write_json((time.perf_counter() - start) / 60, folder / "minutes.json")
-            model, _, _ = load_half(folder, PretrainingModel)
-            minutes[name] = json.loads((folder / "minutes.json").read_text())
-        runs = finetuned(
-            model, tokenizer, "emotion", f"ablation/{name}", FEW_SEEDS, dataset,
-            replace(FINETUNING, epochs=3),
-        )
+        runs, spent = [], []
+        for seed in FEW_SEEDS:
+            if name == "none":
+                model, _ = fresh_encoder(mixture, tokenizer, seed)
+            else:
+                folder = RUNS / "ablation" / name / f"pretrained{seed}"
+                model = practised(*ABLATION[name], mixture, tokenizer, seed, folder)
+                spent.append(json.loads((folder / "minutes.json").read_text()))
+            runs += finetuned(
+                model, tokenizer, "emotion", f"ablation/{name}", [seed], dataset,
+                replace(FINETUNING, epochs=3),
+            )
+        minutes[name] = mean(spent or [0.0])
         variants[name] = {"seeds": FEW_SEEDS} | {
             key: [run[key] for run in runs]
             for key in ("macro_f1", "accuracy", "validation_macro_f1")
@@ -375,6 +371,20 @@ def ablation():
     write_part("pretraining.json", "ablation", {
         "steps": ABLATION_STEPS, "minutes": minutes, "variants": variants,
     })
+
+
+def practised(pieces, words, labels, mixture, tokenizer, seed, folder):
+    """An encoder after a short pretraining, or the one an earlier call made."""
+    if not (folder / "minutes.json").exists():
+        part = {name: mixture[name] for name in pieces or mixture}
+        model, outputs = fresh_encoder(part, tokenizer, seed)
+        start = time.perf_counter()
+        pretrain(model, tokenizer, part, PretrainingConfig(
+            epochs=100, steps=ABLATION_STEPS, words=words, labels=labels, seed=seed,
+        ), folder)
+        save_half(folder, model, tokenizer, outputs)
+        write_json((time.perf_counter() - start) / 60, folder / "minutes.json")
+    return load_half(folder, PretrainingModel)[0]
 
 
 def finetuned(model, tokenizer, task, where, seeds, dataset, config=FINETUNING, **options):

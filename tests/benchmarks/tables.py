@@ -1,26 +1,16 @@
 """Print a table: python -m tests.benchmarks.tables parity, speed or ladder."""
 
-import ast
 import json
 import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-import nbformat
 import transformers
 
 from tests.benchmarks.parity import LIMIT, measure_parity
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
-
-
-def board():
-    """The rows of TweetEval's board, from the cell of chapter 09 that cites them."""
-    cells = nbformat.read(ROOT / "chapters" / "09_evaluation.ipynb", as_version=4).cells
-    source = next(cell.source for cell in cells if cell.id == "board")
-    rows = ast.literal_eval(ast.parse(source).body[0].value)
-    return {f"{name} (board)": f1 for name, f1 in rows.items()}
 
 
 def table(head, rows):
@@ -107,6 +97,7 @@ def layer_row(row):
 def ladder():
     """Show results/ladder.json, the board's rows between ours."""
     rows = json.loads((RESULTS / "ladder.json").read_text())
+    board = json.loads((RESULTS / "board.json").read_text())
     for task in ("emotion", "six"):
         shown = [
             (100 * mean(row["macro_f1"]), [
@@ -115,8 +106,10 @@ def ladder():
             ])
             for row in rows if row["task"] == task
         ]
-        if task == "emotion":
-            shown += [(f1, [name, f"{f1:.1f}", "", "", "", ""]) for name, f1 in board().items()]
+        shown += [
+            (f1, [f"{name} (board)", f"{f1:.1f}", "", "", "", ""])
+            for name, f1 in board.get(task, {}).items()
+        ]
         table(
             [f"{task}, test", "macro-F1", "accuracy", "seeds", "parameters", "minutes"],
             [row for _, row in sorted(shown, key=lambda pair: pair[0])],
