@@ -623,10 +623,9 @@ TWEETS = ["sentiment", "hate", "irony", "offensive"]  # their labels are not use
 WAYS = {  # other tasks' tweets, the epochs, how often the task's own are among them
     "four tasks, 2 epochs": (TWEETS, 2, 1),
     "four tasks, 5 epochs": (TWEETS, 5, 1),
-    "emoji too, 2 epochs": ([*TWEETS, "emoji"], 2, 1),
-    "emoji too, 2 epochs, own tweets five times": ([*TWEETS, "emoji"], 2, 5),
+    "emoji too, 2 epochs, own tweets 5 times": ([*TWEETS, "emoji"], 2, 5),
 }
-WAY = "emoji too, 2 epochs"  # the best of distilled-choices
+WAY = "four tasks, 5 epochs"  # the best of distilled-choices
 
 
 def distilled_choices():
