@@ -36,7 +36,7 @@ def describe(name, row):
 
 
 def describe_finetuning(parts):
-    """Name means: few.<model>.<tweets>, choices.<setting>, forgetting.<setting>."""
+    """Name means: few.<model>.<tweets>, choices.<setting>, and what is forgotten, distilled."""
     named, few = {}, parts.get("few", {"counts": []})
     for place, count in enumerate(few["counts"]):
         for model in ("scratch", "pretrained"):
@@ -49,6 +49,10 @@ def describe_finetuning(parts):
         named["forgetting.before"] = f"{row['words_before']:.2f}"
         words = statistics.mean(row["words_after"])
         named["forgetting." + row["name"].replace(" ", "-")] = f"{words:.2f}"
+    for row in parts.get("distilled_choices", []):
+        name = row["name"].replace(",", "").replace(" ", "-")
+        named[f"distilled-choices.{name}"] = f"{100 * row['macro_f1']:.1f}"
+        named["distilled-choices.held"] = f"{row['held']:,}"
     if row := parts.get("distilled"):
         last = statistics.mean(losses[-1] for losses in row["train_losses"])
         named |= {

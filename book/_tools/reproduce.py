@@ -673,7 +673,7 @@ def distilled():
     ]
     losses = [run["history"][0]["train_losses"] for run in runs]
     write_part("finetuning.json", "distilled", {
-        "texts": len(texts), "epochs": len(losses[0]), "train_losses": losses,
+        "way": WAY, "texts": len(texts), "epochs": len(losses[0]), "train_losses": losses,
         "doubt": -targets.xlogy(targets).sum(dim=-1).mean().item(),  # the least possible
     })
     write_rung(
