@@ -17,6 +17,7 @@ RESULTS = ROOT / "results"
 LADDER = json.loads((RESULTS / "ladder.json").read_text())
 VARIANTS = json.loads((RESULTS / "scratch.json").read_text())
 PRETRAINING = json.loads((RESULTS / "pretraining.json").read_text())
+FINETUNING = json.loads((RESULTS / "finetuning.json").read_text())
 MODELS = ROOT / "book" / "_static" / "models"
 KEYS = {
     "rung", "task", "split", "seeds", "macro_f1", "accuracy",
@@ -112,6 +113,13 @@ def test_what_the_teachers_say_is_worth_as_much_as_labels():
     row, own = rung("distilled"), rung("pretrained")
     assert row["parameters"] == own["parameters"] and len(row["seeds"]) >= 3
     assert abs(statistics.mean(row["macro_f1"]) - statistics.mean(own["macro_f1"])) < 0.02
+
+
+def test_the_way_to_distil_was_chosen_without_the_test_split():
+    """The best of distilled-choices on the held half, whatever test says of it."""
+    best = max(FINETUNING["distilled_choices"], key=lambda row: row["macro_f1"])
+    assert FINETUNING["distilled"]["way"] == best["name"]
+    assert best["held"] > 1800  # half of train and validation, none of test
 
 
 def test_saved_models_are_whole_and_small():
