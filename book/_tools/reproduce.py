@@ -625,7 +625,7 @@ WAYS = {  # other tasks' tweets, the epochs, how often the task's own are among 
     "four tasks, 5 epochs": (TWEETS, 5, 1),
     "emoji too, 2 epochs, own tweets 5 times": ([*TWEETS, "emoji"], 2, 5),
 }
-WAY = "four tasks, 5 epochs"  # the best of distilled-choices
+WAY = "emoji too, 2 epochs, own tweets 5 times"  # the best of distilled-choices
 
 
 def distilled_choices():
