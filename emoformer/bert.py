@@ -208,7 +208,8 @@ def read_config(folder, **changes):
         if name in theirs and theirs[name] not in wanted:
             raise ValueError(
                 f"{name} in {path} must be {' or '.join(map(repr, wanted))}, but it "
-                f"is {theirs[name]!r}: our layers compute nothing else"
+                f"is {theirs[name]!r}: our layers compute nothing else. Choose "
+                "another checkpoint: a BERT, a MiniLM or a DistilBERT"
             )
     column = _FAMILIES.index(family)
     fields = {ours: names[column] for ours, names in _FIELDS.items() if names[column]}
@@ -451,7 +452,8 @@ def from_pretrained(name, *, num_labels=6, pooling="mean", **classes):
     if lacking := [theirs for theirs in body if theirs not in weights]:
         raise ValueError(
             f"{folder} must hold the {len(body)} tensors of the body, but it holds "
-            f"{len(body) - len(lacking)} of them: {lacking[0]} is missing"
+            f"{len(body) - len(lacking)} of them: {lacking[0]} is missing. Copy it "
+            "again, weights and config.json from the same place"
         )
     if homeless := [theirs for mine, theirs in mapped.items() if mine not in ours]:
         raise ValueError(
@@ -462,7 +464,8 @@ def from_pretrained(name, *, num_labels=6, pooling="mean", **classes):
         if weights[theirs].shape != ours[mine].shape:
             raise ValueError(
                 f"{theirs} in {folder} must be {tuple(ours[mine].shape)} by its "
-                f"config.json, but it is {tuple(weights[theirs].shape)}"
+                f"config.json, but it is {tuple(weights[theirs].shape)}. Copy both "
+                "from the same place"
             )
     found = {mine: weights[theirs] for mine, theirs in mapped.items()}
     tied = "classifier.embedding.token.weight"

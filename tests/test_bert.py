@@ -497,6 +497,7 @@ def test_another_arithmetic_is_refused(folder, name, value, rule):
         from_pretrained(folder)
     assert f"{name} in {folder / 'config.json'} must be {rule}, but it is {value!r}" in (
         str(caught.value))
+    assert str(caught.value).endswith("Choose another checkpoint: a BERT, a MiniLM or a DistilBERT")
 
 
 def test_a_config_without_family_is_refused(folder):
@@ -544,7 +545,8 @@ def test_a_missing_tensor_is_named(folder):
         from_pretrained(folder)
     assert str(caught.value) == (
         f"{folder} must hold the 37 tensors of the body, but it holds 36 of them: "
-        "encoder.layer.1.output.dense.bias is missing")
+        "encoder.layer.1.output.dense.bias is missing. Copy it again, weights and "
+        "config.json from the same place")
 
 
 @pytest.mark.parametrize(("changes", "said"), [
@@ -565,7 +567,7 @@ def test_sizes_and_tensors_must_fit(folder, changes, said):
 def test_a_wrong_shape_in_a_head_is_noticed_too(folder):
     name = "cls.predictions.bias"
     reweigh(folder, lambda weights: weights | {name: torch.zeros(1)})
-    with pytest.raises(ValueError, match=rf"{name} .* must be \(40,\) .* but it is \(1,\)"):
+    with pytest.raises(ValueError, match=rf"{name} .* must be \(40,\) .* is \(1,\)\. Copy both"):
         from_pretrained(folder)
 
 

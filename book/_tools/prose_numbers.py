@@ -125,6 +125,11 @@ def known_numbers(results=ROOT / "results"):
         for row in json.loads((results / "ladder.json").read_text()):
             task = "" if row["task"] == "emotion" else row["task"] + "."
             named |= describe(task + row["rung"], row)
+        if "distilled.macro_f1" in named:
+            own, pupil, teacher = (
+                float(named[f"{rung}.macro_f1"]) for rung in ("pretrained", "distilled", "minilm")
+            )
+            named["distilled.kept"] = f"{100 * (pupil - own) / (teacher - own):.0f}"
     if (results / "board.json").exists():
         board = json.loads((results / "board.json").read_text())["emotion"]
         named |= {f"board.{system}": f"{f1:.1f}" for system, f1 in board.items()}
@@ -134,8 +139,8 @@ def known_numbers(results=ROOT / "results"):
     if (results / "pretraining.json").exists():
         parts = json.loads((results / "pretraining.json").read_text())
         named |= describe_pretraining(parts)
-    if (results / "speed.json").exists():
-        named |= describe_speed(json.loads((results / "speed.json").read_text()))
+    if (results / "costs.json").exists():
+        named |= describe_speed(json.loads((results / "costs.json").read_text()))
     return named
 
 

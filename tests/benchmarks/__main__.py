@@ -1,7 +1,8 @@
-"""Measure results/speed.json: python -m tests.benchmarks [part …].
+"""Measure results/speed.json and costs.json: python -m tests.benchmarks [part …].
 
-Parts: layers, memory, training, inference, growth, share. Each goes into the
-file when it is done. The table: make speed.
+Parts: layers, memory, training, inference, growth, share. The first two are
+the cells of speed.json, the others are parts of costs.json. Each is saved when
+it is done. The tables: make speed.
 """
 
 import json
@@ -17,21 +18,28 @@ from tests.benchmarks import growth, jobs, layers
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 THREADS = 2
-PARTS = {
+CELLS = {
     "layers": layers.time_encoders,
-    "memory": layers.measure_memory,
+    "memory": lambda: layers.measure_memory(read("speed.json")),
+}
+COSTS = {
     "training": jobs.train_an_epoch,
     "inference": jobs.classify,
     "growth": growth.measure_growth,
-    "share": lambda: growth.share_of_peak(read()["layers"]),
+    "share": lambda: growth.share_of_peak(read("speed.json")),
 }
+PARTS = CELLS | COSTS
 ONE_CALL = {"memory_of": layers.memory_of, "one_point": growth.one_point}
 
 
-def read():
+def read(name):
     """What has been measured so far."""
-    path = RESULTS / "speed.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads((RESULTS / name).read_text())
+
+
+def write(name, measured):
+    """Write a file of results/ whole or not at all."""
+    save_atomically(json.dumps(measured, indent=1) + "\n", RESULTS / name)
 
 
 def main(arguments):
@@ -44,12 +52,15 @@ def main(arguments):
         if part not in PARTS:
             sys.exit(f"a part must be one of {', '.join(PARTS)}: {part!r}")
         measured = PARTS[part]()
-        kept = read() | {part: measured, "machine": {
+        if part in CELLS:
+            write("speed.json", measured)
+            continue
+        kept = read("costs.json") if (RESULTS / "costs.json").exists() else {}
+        write("costs.json", kept | {part: measured, "machine": {
             "threads": THREADS, "processor": platform.machine(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             **{name: version(name) for name in ("torch", "transformers", "accelerate")},
-        }}
-        save_atomically(json.dumps(kept, indent=1) + "\n", RESULTS / "speed.json")
+        }})
 
 
 if __name__ == "__main__":

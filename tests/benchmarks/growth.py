@@ -93,25 +93,24 @@ def matrix_peak(size=2048, rounds=7):
     return found
 
 
-def share_of_peak(layers):
+def share_of_peak(cells):
     """What share of the peak a training step reaches, by the formula.
 
     Args:
-        layers: rows of `time_encoders`.
+        cells: those of `time_encoders`.
 
     Returns:
-        The peak of each precision, and the best share over the rows.
+        The peak of each dtype, and the best share over the cells.
     """
     peaks, best = matrix_peak(), {}
-    for row in layers:
-        if row["work"] != "forward + backward" or row["padding"] != "bucketed":
+    for cell in cells:
+        if cell["what"] != "forward+backward" or cell["padding"] != "bucketed":
             continue
         config = EmoformerConfig(vocab_size=VOCAB_SIZE, num_labels=4, d_model=192, num_heads=4,
                                  num_layers=3, d_ff=768, max_len=256)
         # Padding is computed, too.
-        flops = training_flops(config, row["batch"] * row["seq_len"], seq_len=row["seq_len"])
-        rate = flops / row["milliseconds"]["ours"] * 1000
-        share = rate / peaks[row["precision"]]
-        if share > best.get(row["precision"], (0,))[0]:
-            best[row["precision"]] = (share, row["batch"], row["seq_len"])
+        flops = training_flops(config, cell["batch"] * cell["seq_len"], seq_len=cell["seq_len"])
+        share = flops / cell["ours"] / peaks[cell["dtype"]]
+        if share > best.get(cell["dtype"], (0,))[0]:
+            best[cell["dtype"]] = (share, cell["batch"], cell["seq_len"])
     return {"peak": peaks, "best_share": best}

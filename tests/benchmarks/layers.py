@@ -16,13 +16,13 @@ from tqdm import tqdm
 from tests.benchmarks.rivals import RIVALS, make_input, make_rival
 
 BATCHES, LENGTHS = (1, 32, 128), (16, 64, 256)
-WORK = ("forward", "forward + backward")
-PRECISIONS = ("float32", "bfloat16")
+WHAT = ("forward", "forward+backward")
+DTYPES = ("float32", "bfloat16")
 ROUNDS = 21
 PADDED = {"bucketed": 0.87, "unsorted": 0.15}
 
 
-def make_step(name, work, precision):
+def make_step(name, what, dtype):
     """Prepare what is timed.
 
     Inference in bfloat16 has its weights in bfloat16: PyTorch's fast path
@@ -32,8 +32,8 @@ def make_step(name, work, precision):
         A function of ``(input_ids, attention_mask)``.
     """
     module, encode = make_rival(name)
-    half = precision == "bfloat16"
-    if work == "forward":
+    half = dtype == "bfloat16"
+    if what == "forward":
         module.to(torch.bfloat16 if half else torch.float32)
 
         def step(ids, mask):
@@ -79,43 +79,40 @@ def compare(seconds):
     a_round = [b / a for a, b in zip(seconds["ours"], seconds[rival], strict=True)]
     low, _, high = quantiles(a_round, n=4)
     return {
-        "milliseconds": {name: 1000 * value for name, value in medians.items()},
-        "faster_rival": rival, "ratio": medians[rival] / medians["ours"],
+        **medians, "faster_rival": rival, "ratio": medians[rival] / medians["ours"],
         "quartiles": [low, high], "rounds": len(a_round),
     }
 
 
 def time_encoders(rounds=ROUNDS, batches=BATCHES, lengths=LENGTHS, padded=PADDED):
-    """Time all three for every batch, length, work and precision."""
+    """Time all three for every batch, length, work and dtype: a list of cells."""
     can = torch.cpu.get_capabilities()
-    precisions = PRECISIONS if can.get("avx512_bf16") or can.get("amx_bf16") else PRECISIONS[:1]
-    rows = []
+    dtypes = DTYPES if can.get("avx512_bf16") or can.get("amx_bf16") else DTYPES[:1]
+    cells = []
     settings = [
-        (padding, work, precision, batch, seq_len)
-        for padding in padded for work in WORK for precision in precisions
+        (padding, what, dtype, batch, seq_len)
+        for padding in padded for what in WHAT for dtype in dtypes
         for batch in batches for seq_len in lengths
         # What lies behind the second kind of padding shows at one size.
         if padding == "bucketed" or (batch > 1 and seq_len == 64)
     ]
-    for padding, work, precision, batch, seq_len in tqdm(settings, desc="encoders"):
+    for padding, what, dtype, batch, seq_len in tqdm(settings, desc="encoders"):
         ids, mask = make_input(batch, seq_len, padded[padding])
-        steps = {name: make_step(name, work, precision) for name in RIVALS}
+        steps = {name: make_step(name, what, dtype) for name in RIVALS}
         seconds = interleave(
             {name: partial(step, ids, mask) for name, step in steps.items()}, rounds,
         )
-        rows.append({
-            "padding": padding, "work": work, "precision": precision,
-            "batch": batch, "seq_len": seq_len, **compare(seconds),
+        cells.append({
+            "what": what, "dtype": dtype, "batch": batch, "seq_len": seq_len,
+            "padding": padding, **compare(seconds),
+            "peak_mib": None, "peak_mib_spread": None,  # see measure_memory
         })
-    return rows
+    return cells
 
 
-MEMORY = [(work, batch, seq_len) for work in WORK for batch in (32, 128) for seq_len in (64, 256)]
-
-
-def memory_of(name, work, precision, batch, seq_len):
+def memory_of(name, what, dtype, batch, seq_len):
     """The memory that three steps need beyond what was there, in MiB."""
-    step = make_step(name, work, precision)
+    step = make_step(name, what, dtype)
     ids, mask = make_input(batch, seq_len)
     before = peak()
     for _ in range(3):
@@ -132,21 +129,26 @@ def peak():
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
-def measure_memory(runs=3):
-    """Compare the peaks, each in processes of its own: medians, for they differ by 10 %."""
-    rows = []
-    for work, batch, seq_len in tqdm(MEMORY, desc="memory"):
+def measure_memory(cells, runs=3):
+    """Put the peaks into the large float32 cells.
+
+    Each is the median of processes of its own, which differ by 10 %.
+    """
+    large = [
+        cell for cell in cells
+        if cell["padding"] == "bucketed" and cell["dtype"] == "float32"
+        and cell["batch"] > 1 and cell["seq_len"] > 16
+    ]
+    for cell in tqdm(large, desc="memory"):
+        setting = [cell[key] for key in ("what", "dtype", "batch", "seq_len")]
         needed = {name: [] for name in RIVALS}
         for name in [*RIVALS] * runs:
-            needed[name].append(
-                in_own_process("memory_of", name, work, "float32", batch, seq_len)
-            )
-        rows.append({
-            "work": work, "batch": batch, "seq_len": seq_len,
-            "mib": {name: median(found) for name, found in needed.items()},
-            "spread": {name: max(found) - min(found) for name, found in needed.items()},
-        })
-    return rows
+            needed[name].append(in_own_process("memory_of", name, *setting))
+        cell["peak_mib"] = {name: median(found) for name, found in needed.items()}
+        cell["peak_mib_spread"] = {
+            name: max(found) - min(found) for name, found in needed.items()
+        }
+    return cells
 
 
 def in_own_process(function, *arguments):

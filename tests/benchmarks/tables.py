@@ -8,6 +8,7 @@ from statistics import mean, stdev
 import transformers
 
 from tests.benchmarks.parity import LIMIT, measure_parity
+from tests.benchmarks.rivals import RIVALS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
@@ -42,24 +43,26 @@ def parity():
 
 
 def speed():
-    """Show results/speed.json."""
-    measured = json.loads((RESULTS / "speed.json").read_text())
+    """Show results/speed.json and results/costs.json."""
+    cells = json.loads((RESULTS / "speed.json").read_text())
+    measured = json.loads((RESULTS / "costs.json").read_text())
     print(f"measured with {measured['machine']}\n")
     table(
-        ["encoder, padded as in the book's batches", "precision", "batch", "length", "ours",
+        ["encoder, padded as in the book's batches", "dtype", "batch", "length", "ours",
          "PyTorch", "transformers", "ratio", "quartiles"],
-        [layer_row(row) for row in measured["layers"] if row["padding"] == "bucketed"],
+        [layer_row(cell) for cell in cells if cell["padding"] == "bucketed"],
     )
     table(
-        ["encoder, padded as in unsorted batches", "precision", "batch", "length", "ours",
+        ["encoder, padded as in unsorted batches", "dtype", "batch", "length", "ours",
          "PyTorch", "transformers", "ratio", "quartiles"],
-        [layer_row(row) for row in measured["layers"] if row["padding"] == "unsorted"],
+        [layer_row(cell) for cell in cells if cell["padding"] == "unsorted"],
     )
     print("milliseconds, medians; ratio: the faster of the other two over ours\n")
     table(
         ["peak memory, MiB", "batch", "length", "ours", "PyTorch", "transformers"],
-        [[row["work"], str(row["batch"]), str(row["seq_len"]),
-          *(f"{value:.0f}" for value in row["mib"].values())] for row in measured["memory"]],
+        [[cell["what"], str(cell["batch"]), str(cell["seq_len"]),
+          *(f"{cell['peak_mib'][name]:.0f}" for name in RIVALS)]
+         for cell in cells if cell["peak_mib"]],
     )
     jobs = [(f"an epoch on emotion, {row['precision']}", row) for row in measured["training"]]
     jobs.append((f"{measured['inference']['tweets']:,} labels", measured["inference"]))
@@ -84,13 +87,13 @@ def speed():
     return True
 
 
-def layer_row(row):
+def layer_row(cell):
     """One row of the encoders' table."""
-    low, high = row["quartiles"]
+    low, high = cell["quartiles"]
     return [
-        row["work"], row["precision"], str(row["batch"]), str(row["seq_len"]),
-        *(f"{value:.1f}" for value in row["milliseconds"].values()),
-        f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}",
+        cell["what"], cell["dtype"], str(cell["batch"]), str(cell["seq_len"]),
+        *(f"{1000 * cell[name]:.1f}" for name in RIVALS),
+        f"{cell['ratio']:.2f}", f"{low:.2f} to {high:.2f}",
     ]
 
 
