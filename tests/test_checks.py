@@ -1,7 +1,6 @@
 """The reader's bench: each mistake gets its hint, and a check disturbs nothing."""
 
 import importlib
-import importlib.util
 import inspect
 import pdb
 import random
@@ -17,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import mistakes
 from emoformer import checks
 from emoformer.attention import MultiHeadSelfAttention
 from emoformer.checks import bench, check, use
@@ -101,11 +101,7 @@ def test_bank_prints_a_row_a_mistake_and_fails_when_one_slips_through(monkeypatc
 
 
 def test_appendix_is_written_from_the_bank():
-    path = ROOT / "book" / "_tools" / "mistakes.py"
-    spec = importlib.util.spec_from_file_location("mistakes", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert tool.PAGE.read_text("utf-8") == tool.page(), (
+    assert mistakes.PAGE.read_text("utf-8") == mistakes.page(), (
         "run: python book/_tools/mistakes.py")
 
 

@@ -1,28 +1,20 @@
 """The drawings of the model are what their script draws."""
 
-import importlib.util
 import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+import pictures
+
 ROOT = Path(__file__).resolve().parents[1]
 STATIC = ROOT / "book" / "_static"
 
 
-def load_tool(name):
-    """Import a script of book/_tools."""
-    path = ROOT / "book" / "_tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def stale(folder, scratch):
     """Name the drawings in a folder that the script would draw otherwise."""
-    load_tool("pictures").main(scratch)
+    pictures.main(scratch)
     fresh = {p.name: p.read_bytes() for p in scratch.glob("model-*.svg")}
     ours = {p.name: p.read_bytes() for p in folder.glob("model-*.svg")}
     return [n for n in sorted(fresh | ours) if fresh.get(n) != ours.get(n)]
@@ -35,7 +27,7 @@ def test_drawings_are_what_the_script_draws(tmp_path):
 def test_notices_a_drawing_edited_by_hand(tmp_path):
     mine, fresh = tmp_path / "mine", tmp_path / "fresh"
     mine.mkdir(), fresh.mkdir()
-    load_tool("pictures").main(mine)
+    pictures.main(mine)
     path = mine / "model-data.svg"
     path.write_text(path.read_text("utf-8").replace("head", "tail"), "utf-8")
     (mine / "model-other.svg").write_text("<svg/>", "utf-8")

@@ -1,6 +1,5 @@
 """Measured numbers: well-formed, scored again from predictions, quoted rightly."""
 
-import importlib.util
 import json
 import statistics
 from pathlib import Path
@@ -9,6 +8,7 @@ import nbformat
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
+import prose_numbers
 from emoformer.data import load_six_emotions, load_tweet_eval, source_of
 from emoformer.pretraining import PretrainingModel, load_half
 from emoformer.training import predict
@@ -25,14 +25,6 @@ KEYS = {
     "validation_macro_f1", "parameters", "minutes", "peak_mib", "extra_data",
     "command", "versions",
 }
-
-
-def tool(name):
-    """Load a script of book/_tools as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"book/_tools/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def predictions(row, seed):
@@ -166,18 +158,18 @@ def test_predictions_give_the_scores(row):
 
 
 def test_numbers_in_the_prose_are_those_in_results():
-    faults = tool("prose_numbers").main(write=False)
+    faults = prose_numbers.main(write=False)
     assert not faults, "\n".join(faults)
 
 
 def test_a_wrong_number_is_found():
-    tools = tool("prose_numbers")
     named = {"scratch.macro_f1": "61.2"}
-    text, wrong = tools.compare("reaches 60.9<!--= scratch.macro_f1 --> here", named)
+    text, wrong = prose_numbers.compare("reaches 60.9<!--= scratch.macro_f1 --> here", named)
     assert wrong == ["scratch.macro_f1 is 61.2, but the text says 60.9"]
     assert text == "reaches 61.2<!--= scratch.macro_f1 --> here"
-    assert tools.compare("1.0<!--= nothing -->", named)[1] == ["no number is called nothing"]
-    assert tools.compare(text, named) == (text, [])
+    wrong = prose_numbers.compare("1.0<!--= nothing -->", named)[1]
+    assert wrong == ["no number is called nothing"]
+    assert prose_numbers.compare(text, named) == (text, [])
 
 
 def test_every_score_in_the_training_chapter_is_quoted():

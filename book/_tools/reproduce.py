@@ -5,6 +5,7 @@ memory is its own). A rung that was stopped goes on where it stopped: what is
 finished lies under runs/.
 """
 
+import hashlib
 import json
 import os
 import resource
@@ -175,21 +176,46 @@ def baseline(rung):
         }], seeds=[0], command=rung)
 
 
-def one_run(folder, dataset, fit):
+def remembered(path, settings):
+    """What an earlier call measured with the same settings; None if nothing was."""
+    if not path.exists():
+        return None
+    measured = json.loads(path.read_text())
+    before, now = measured.get("settings", {}), json.loads(json.dumps(settings))
+    if before != now:
+        differ = [key for key in before | now if before.get(key) != now.get(key)]
+        told = ", ".join(f"{key} {before.get(key)} then, {now.get(key)} now" for key in differ)
+        raise SystemExit(
+            "what lies under runs/ must have been measured with the same settings, but "
+            f"{path} was not ({told}); to measure again, delete {path.parent}"
+        )
+    return measured
+
+
+def fingerprint(model):
+    """Some digits that say which weights a run starts from."""
+    found = hashlib.sha256()
+    for weight in model.state_dict().values():
+        found.update(weight.numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def one_run(folder, dataset, settings, fit):
     """Train once and score on test, or read what an earlier call measured.
 
-    ``fit`` is called with the folder and gives model, tokenizer and history.
+    ``fit`` is called with the folder and gives model, tokenizer and history;
+    ``settings`` are all that its outcome depends on, to know it again by.
     """
     done = folder / "measured.json"
-    if done.exists():
-        return json.loads(done.read_text())
+    if measured := remembered(done, settings):
+        return measured
     start = time.perf_counter()
     model, tokenizer, history = fit(folder)
     minutes = (time.perf_counter() - start) / 60
     probabilities = predict(model, tokenizer, list(dataset["test"]["text"]))
     chosen = probabilities.argmax(-1)
     measured = {
-        "history": history, "minutes": minutes, "chosen": chosen.tolist(),
+        "settings": settings, "history": history, "minutes": minutes, "chosen": chosen.tolist(),
         "probabilities": probabilities.tolist(),
         "parameters": count_parameters(model.config)["total"],
         "validation_macro_f1": max(row["macro_f1"] for row in history),
@@ -224,7 +250,7 @@ def variant(name, task="emotion"):
         given = shuffled(dataset, seed) if name == "shuffled-labels" else dataset
         config = TrainingConfig(seed=seed, class_weights=balanced)
         runs.append(one_run(
-            RUNS / name / task / f"seed{seed}", dataset,
+            RUNS / name / task / f"seed{seed}", dataset, asdict(config) | changes,
             lambda folder, given=given, config=config: train_from_scratch(
                 given, folder, config, tracker=None, **changes
             ),
@@ -358,7 +384,7 @@ def ablation():
             else:
                 folder = RUNS / "ablation" / name / f"pretrained{seed}"
                 model = practised(*ABLATION[name], mixture, tokenizer, seed, folder)
-                spent.append(json.loads((folder / "minutes.json").read_text()))
+                spent.append(json.loads((folder / "measured.json").read_text())["minutes"])
             runs += finetuned(
                 model, tokenizer, "emotion", f"ablation/{name}", [seed], dataset,
                 replace(FINETUNING, epochs=3),
@@ -375,23 +401,29 @@ def ablation():
 
 def practised(pieces, words, labels, mixture, tokenizer, seed, folder):
     """An encoder after a short pretraining, or the one an earlier call made."""
-    if not (folder / "minutes.json").exists():
-        part = {name: mixture[name] for name in pieces or mixture}
+    part = {name: mixture[name] for name in pieces or mixture}
+    config = PretrainingConfig(
+        epochs=100, steps=ABLATION_STEPS, words=words, labels=labels, seed=seed,
+    )
+    settings = asdict(config) | {name: len(piece) for name, piece in part.items()}
+    if not remembered(folder / "measured.json", settings):
         model, outputs = fresh_encoder(part, tokenizer, seed)
         start = time.perf_counter()
-        pretrain(model, tokenizer, part, PretrainingConfig(
-            epochs=100, steps=ABLATION_STEPS, words=words, labels=labels, seed=seed,
-        ), folder)
+        pretrain(model, tokenizer, part, config, folder)
         save_half(folder, model, tokenizer, outputs)
-        write_json((time.perf_counter() - start) / 60, folder / "minutes.json")
+        write_json({
+            "settings": settings, "minutes": (time.perf_counter() - start) / 60,
+        }, folder / "measured.json")
     return load_half(folder, PretrainingModel)[0]
 
 
 def finetuned(model, tokenizer, task, where, seeds, dataset, config=FINETUNING, **options):
     """Fine-tune over several seeds, or read what was measured before."""
+    settings = {"start": fingerprint(model), "texts": len(dataset["train"])} | options
     return [
         one_run(
             RUNS / where / task / f"seed{seed}", dataset,
+            settings | asdict(replace(config, seed=seed)),
             lambda folder, seed=seed: with_tokenizer(tokenizer, finetune(
                 model, tokenizer, dataset, replace(config, seed=seed), folder, **options
             )),
@@ -473,16 +505,23 @@ CHOICES = {
     "learning rate 1e-4": {"learning_rate": 1e-4},
     "learning rate 1e-3": {"learning_rate": 1e-3},
     "all but the head frozen": {"frozen": 4},
+    "one pace for all layers": {"layer_decay": 1.0},
+    "no faster head": {"head_scale": 1.0},
+    "no dropout": {"dropout": 0.0},
+    "no hidden tokens": {"hide": 0.0},
+    "no merges passed over": {"bpe_dropout": 0.0},
+    "ten epochs": {"epochs": 10},
 }
 
 
 def folds():
-    """Two halves of the emotion task's train and validation texts together."""
+    """Halves of the emotion task's train and validation texts together, cut twice."""
     dataset = reported("emotion")
     whole = concatenate_datasets([dataset["train"], dataset["validation"]])
-    parts = StratifiedKFold(2, shuffle=True, random_state=0)
-    for learn, held in parts.split(whole["text"], whole["label"]):
-        yield DatasetDict(train=whole.select(learn), validation=whole.select(held))
+    for seed in (0, 1):
+        parts = StratifiedKFold(2, shuffle=True, random_state=seed)
+        for learn, held in parts.split(whole["text"], whole["label"]):
+            yield DatasetDict(train=whole.select(learn), validation=whole.select(held))
 
 
 def choices():
@@ -497,21 +536,22 @@ def choices():
         }
         training = {k: v for k, v in changes.items() if k not in options}
         histories, after = [], []
-        for seed, dataset in enumerate(folds()):
+        for seed, dataset in enumerate(tqdm(folds(), desc=name, total=4)):
             folder = RUNS / "choices" / name.replace(" ", "-") / f"fold{seed}"
             done = folder / "measured.json"
-            if not done.exists():
-                config = replace(FINETUNING, seed=seed, **training)
+            config = replace(FINETUNING, seed=seed, **training)
+            settings = {"start": fingerprint(model)} | options | asdict(config)
+            if not (measured := remembered(done, settings)):
                 tuned, history = finetune(
                     model, tokenizer, dataset, config, folder, **options
                 )
-                write_json({
-                    "history": history,
+                measured = {
+                    "settings": settings, "history": history,
                     "words": word_loss(model, tokenizer, mixture, tuned),
-                }, done)
+                }
+                write_json(measured, done)
                 for file in ("training_state.pt", "best_model.pt"):
                     (folder / file).unlink()
-            measured = json.loads(done.read_text())
             histories.append([row["macro_f1"] for row in measured["history"]])
             after.append(measured["words"])
         rows.append({
@@ -558,7 +598,7 @@ def few():
     curves = {"scratch": [], "pretrained": []}
     for count in COUNTS:
         runs = {"scratch": [], "pretrained": []}
-        for seed in FEW_SEEDS:
+        for seed in SEEDS:
             small = DatasetDict(dataset | {"train": take_few(dataset["train"], count, seed)})
             # Few tweets make few steps an epoch, so there are more epochs.
             config = replace(FINETUNING, epochs=20)
@@ -568,6 +608,7 @@ def few():
             config = TrainingConfig(seed=seed, epochs=40)
             runs["scratch"].append(one_run(
                 RUNS / "few" / f"scratch-{count}" / f"seed{seed}", dataset,
+                asdict(config) | {"texts": count},
                 lambda folder, small=small, config=config: train_from_scratch(
                     small, folder, config, tracker=None
                 ),
@@ -577,9 +618,9 @@ def few():
     ladder = json.loads((RESULTS / "ladder.json").read_text())
     for name in curves:
         row = next(r for r in ladder if (r["rung"], r["task"]) == (name, "emotion"))
-        curves[name].append(row["macro_f1"][: len(FEW_SEEDS)])
+        curves[name].append(row["macro_f1"])
     write_part("finetuning.json", "few", {
-        "counts": [*COUNTS, len(dataset["train"])], "seeds": FEW_SEEDS, **curves,
+        "counts": [*COUNTS, len(dataset["train"])], "seeds": SEEDS, **curves,
     })
 
 
@@ -642,14 +683,15 @@ def distilled_choices():
     for way in WAYS:
         folder = where / way.replace(" ", "-")
         done = folder / "measured.json"
-        if not done.exists():
+        settings = {"start": fingerprint(small), "way": WAYS[way]} | asdict(DISTILLING)
+        if not (measured := remembered(done, settings)):
             texts, targets = lessons(way, dataset, mixture, [teacher], where / "opinions")
             _, _, history = distill_once(
                 small, tokenizer, dataset, way, texts, targets, 0, folder
             )
-            write_json(history[0] | {"texts": len(texts)}, done)
+            measured = history[0] | {"texts": len(texts), "settings": settings}
+            write_json(measured, done)
             (folder / "distillation_state.pt").unlink()
-        measured = json.loads(done.read_text())
         rows.append({"name": way, "held": len(dataset["validation"])} | {
             key: measured[key] for key in ("texts", "macro_f1", "accuracy")
         })
@@ -664,9 +706,10 @@ def distilled():
     dataset, where = reported("emotion"), RUNS / "distilled" / "emotion"
     teachers = [RUNS / "minilm" / "emotion" / f"seed{seed}" for seed in MINILM_SEEDS]
     texts, targets = lessons(WAY, dataset, mixture, teachers, where / "opinions")
+    settings = {"start": fingerprint(small), "way": WAYS[WAY]} | asdict(DISTILLING)
     runs = [
         one_run(
-            where / f"seed{seed}", dataset,
+            where / f"seed{seed}", dataset, settings | {"seed": seed},
             partial(distill_once, small, tokenizer, dataset, WAY, texts, targets, seed),
         )
         for seed in tqdm(MINILM_SEEDS, desc="distilled, emotion")
