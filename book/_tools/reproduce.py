@@ -34,7 +34,13 @@ from emoformer.data import (
     remove_held_out,
     source_of,
 )
-from emoformer.evaluation import confusion_matrix, score, write_predictions
+from emoformer.evaluation import (
+    confusion_matrix,
+    interval,
+    paired_bootstrap,
+    score,
+    write_predictions,
+)
 from emoformer.finetuning import (
     FINETUNING,
     finetune,
@@ -515,28 +521,28 @@ CHOICES = {
 
 
 def folds():
-    """Halves of the emotion task's train and validation texts together, cut twice."""
+    """Two halves of the emotion task's train and validation texts together."""
     dataset = reported("emotion")
     whole = concatenate_datasets([dataset["train"], dataset["validation"]])
-    for seed in (0, 1):
-        parts = StratifiedKFold(2, shuffle=True, random_state=seed)
-        for learn, held in parts.split(whole["text"], whole["label"]):
-            yield DatasetDict(train=whole.select(learn), validation=whole.select(held))
+    parts = StratifiedKFold(2, shuffle=True, random_state=0)
+    for learn, held in parts.split(whole["text"], whole["label"]):
+        yield DatasetDict(train=whole.select(learn), validation=whole.select(held))
 
 
 def choices():
     """Compare recipes by cross-validation; test is not touched."""
     model, tokenizer, _ = load_half(MODELS / "pretrained", PretrainingModel)
     mixture, _ = real_mixture()
-    rows, forgetting = [], []
+    halves, rows, forgetting, recipe = list(folds()), [], [], None
+    labels = [label for half in halves for label in half["validation"]["label"]]
     before = word_loss(model, tokenizer, mixture)
     for name, changes in CHOICES.items():
         options = {
             k: v for k, v in changes.items() if k not in TrainingConfig.__dataclass_fields__
         }
         training = {k: v for k, v in changes.items() if k not in options}
-        histories, after = [], []
-        for seed, dataset in enumerate(tqdm(folds(), desc=name, total=4)):
+        histories, after, chosen = [], [], []
+        for seed, dataset in enumerate(tqdm(halves, desc=name)):
             folder = RUNS / "choices" / name.replace(" ", "-") / f"fold{seed}"
             done = folder / "measured.json"
             config = replace(FINETUNING, seed=seed, **training)
@@ -545,8 +551,10 @@ def choices():
                 tuned, history = finetune(
                     model, tokenizer, dataset, config, folder, **options
                 )
+                held = list(dataset["validation"]["text"])
                 measured = {
                     "settings": settings, "history": history,
+                    "chosen": predict(tuned, tokenizer, held).argmax(-1).tolist(),
                     "words": word_loss(model, tokenizer, mixture, tuned),
                 }
                 write_json(measured, done)
@@ -554,10 +562,13 @@ def choices():
                     (folder / file).unlink()
             histories.append([row["macro_f1"] for row in measured["history"]])
             after.append(measured["words"])
+            chosen += measured["chosen"]
+        recipe = recipe or chosen  # the first row; of the same tweets
         rows.append({
             "name": name, "changes": changes, "seeds": list(range(len(histories))),
             "validation_macro_f1": [max(h) for h in histories],
             "validation_by_epoch": histories,
+            "to_the_recipe": interval(paired_bootstrap(labels, chosen, recipe, 4)),
         })
         forgetting.append({
             "name": name, "words_before": before, "words_after": after,
