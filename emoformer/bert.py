@@ -484,7 +484,7 @@ def soft_cross_entropy(logits, targets):
         targets: (batch, num_labels), probabilities; each row sums to 1.
 
     Returns:
-        A scalar: the mean over the batch of -Σ target · log p.
+        A scalar: the mean over the batch of -Σ target · log q.
 
     Source: Hinton, Vinyals and Dean (2015), at temperature 1.
     """

@@ -281,7 +281,7 @@ class PretrainingConfig:
     """
 
     seed: int = 0
-    epochs: int = 5
+    epochs: int = 4
     steps: int | None = None
     batch_size: int = 128
     learning_rate: float = 1e-3

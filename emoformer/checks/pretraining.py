@@ -1669,12 +1669,12 @@ RULES = {
     "precision": (("fp8", ""), ("auto", "bf16", "no"), "auto, bf16 or no"),
 }
 DEFAULTS = {
-    "seed": 0, "epochs": 5, "steps": None, "batch_size": 128, "learning_rate": 1e-3,
+    "seed": 0, "epochs": 4, "steps": None, "batch_size": 128, "learning_rate": 1e-3,
     "warmup": 0.05, "weight_decay": 0.01, "clip": 1.0, "share": 0.15, "words": 1.0,
     "labels": 1.0, "bpe_dropout": 0.1, "precision": "auto",
 }
 config_battery = Battery(
-    "PretrainingConfig", "PretrainingConfig(seed=0, epochs=5, …): a frozen dataclass",
+    "PretrainingConfig", "PretrainingConfig(seed=0, epochs=4, …): a frozen dataclass",
     chapter=10, makes=tuple(DEFAULTS),
 )
 
@@ -1691,7 +1691,7 @@ def config_defaults(config):
         )
     other = config.run(config.thing, words=0.25, steps=7, precision="no")
     expect(
-        (other.words, other.steps, other.precision, other.epochs) == (0.25, 7, "no", 5),
+        (other.words, other.steps, other.precision, other.epochs) == (0.25, 7, "no", 4),
         "a value that is given does not arrive",
     )
 

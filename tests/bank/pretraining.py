@@ -969,7 +969,7 @@ def sliced_loop(logits, labels, allowed):
 @dataclass
 class Thawed(PretrainingConfig.__mro__[1]):
     seed: int = 0
-    epochs: int = 5
+    epochs: int = 4
     steps: int | None = None
     batch_size: int = 128
     learning_rate: float = 1e-3
