@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -1958,6 +1959,13 @@ TRUE = [0, 1, 2, 0, 2, 2, 1, 0, 0, 2, 1, 2]
 def split_of(texts, labels, classes):
     """A Dataset with texts and labels."""
     ready("datasets")
+    # A copy each time: the code that is checked may set the format of its own.
+    return split_once(tuple(texts), tuple(labels), classes).with_format(None)
+
+
+@functools.cache
+def split_once(texts, labels, classes):
+    """Make a Dataset once: it takes longer than the training that follows."""
     from datasets import ClassLabel, Dataset, Features, Value
 
     names = [f"class {chr(97 + i)}" for i in range(classes)]
