@@ -1,5 +1,6 @@
 """Measured numbers: well-formed, scored again from predictions, quoted rightly."""
 
+import copy
 import json
 import statistics
 from pathlib import Path
@@ -115,6 +116,39 @@ def test_the_way_to_distil_was_chosen_without_the_test_split():
     best = max(FINETUNING["distilled_choices"], key=lambda row: row["macro_f1"])
     assert FINETUNING["distilled"]["way"] == best["name"]
     assert best["held"] > 1800  # half of train and validation, none of test
+
+
+def choices_fault(choices):
+    """Say what is wrong with the comparison of recipes, or None."""
+    recipe = statistics.mean(choices[0]["validation_macro_f1"])
+    if choices[0]["changes"]:
+        return "the first row must be the recipe"
+    for row in choices:
+        low, high = row["to_the_recipe"]
+        apart = statistics.mean(row["validation_macro_f1"]) - recipe
+        # the interval is of both halves together: their mean is close to that
+        if not low - 0.005 <= apart <= high + 0.005:
+            return f"{row['name']}: {apart:.3f} is not in {low:.3f} to {high:.3f}"
+    return None
+
+
+def test_what_each_choice_is_worth_lies_in_its_interval():
+    assert choices_fault(FINETUNING["choices"]) is None
+
+
+def test_an_interval_of_another_row_is_found():
+    choices = copy.deepcopy(FINETUNING["choices"])
+    choices[1]["to_the_recipe"] = choices[2]["to_the_recipe"]
+    assert "is not in" in choices_fault(choices)
+    assert "must be the recipe" in choices_fault(choices[1:])
+
+
+def test_few_labels_have_five_seeds_at_each_count():
+    few = FINETUNING["few"]
+    for model in ("scratch", "pretrained"):
+        row = next(r for r in LADDER if (r["rung"], r["task"]) == (model, "emotion"))
+        assert [len(scores) for scores in few[model]] == [5] * len(few["counts"])
+        assert few[model][-1] == row["macro_f1"]  # all tweets: the ladder's own
 
 
 def test_saved_models_are_whole_and_small():
