@@ -210,7 +210,7 @@ def one_run(folder, dataset, settings, fit):
     """Train once and score on test, or read what an earlier call measured.
 
     ``fit`` is called with the folder and gives model, tokenizer and history;
-    ``settings`` are all that its outcome depends on, to know it again by.
+    ``settings`` say by what it was made, to know it again.
     """
     done = folder / "measured.json"
     if measured := remembered(done, settings):
@@ -221,8 +221,8 @@ def one_run(folder, dataset, settings, fit):
     probabilities = predict(model, tokenizer, list(dataset["test"]["text"]))
     chosen = probabilities.argmax(-1)
     measured = {
-        "settings": settings, "history": history, "minutes": minutes, "chosen": chosen.tolist(),
-        "probabilities": probabilities.tolist(),
+        "settings": settings, "history": history, "minutes": minutes,
+        "chosen": chosen.tolist(), "probabilities": probabilities.tolist(),
         "parameters": count_parameters(model.config)["total"],
         "validation_macro_f1": max(row["macro_f1"] for row in history),
         **score(dataset["test"]["label"], chosen, model.config.num_labels),
@@ -535,7 +535,7 @@ def choices():
     mixture, _ = real_mixture()
     halves, rows, forgetting, recipe = list(folds()), [], [], None
     labels = [label for half in halves for label in half["validation"]["label"]]
-    before = word_loss(model, tokenizer, mixture)
+    before, start = word_loss(model, tokenizer, mixture), fingerprint(model)
     for name, changes in CHOICES.items():
         options = {
             k: v for k, v in changes.items() if k not in TrainingConfig.__dataclass_fields__
@@ -546,7 +546,7 @@ def choices():
             folder = RUNS / "choices" / name.replace(" ", "-") / f"fold{seed}"
             done = folder / "measured.json"
             config = replace(FINETUNING, seed=seed, **training)
-            settings = {"start": fingerprint(model)} | options | asdict(config)
+            settings = {"start": start} | options | asdict(config)
             if not (measured := remembered(done, settings)):
                 tuned, history = finetune(
                     model, tokenizer, dataset, config, folder, **options
@@ -694,7 +694,7 @@ def distilled_choices():
     for way in WAYS:
         folder = where / way.replace(" ", "-")
         done = folder / "measured.json"
-        settings = {"start": fingerprint(small), "way": WAYS[way]} | asdict(DISTILLING)
+        settings = way_settings(small, way)
         if not (measured := remembered(done, settings)):
             texts, targets = lessons(way, dataset, mixture, [teacher], where / "opinions")
             _, _, history = distill_once(
@@ -717,7 +717,7 @@ def distilled():
     dataset, where = reported("emotion"), RUNS / "distilled" / "emotion"
     teachers = [RUNS / "minilm" / "emotion" / f"seed{seed}" for seed in MINILM_SEEDS]
     texts, targets = lessons(WAY, dataset, mixture, teachers, where / "opinions")
-    settings = {"start": fingerprint(small), "way": WAYS[WAY]} | asdict(DISTILLING)
+    settings = way_settings(small, WAY)
     runs = [
         one_run(
             where / f"seed{seed}", dataset, settings | {"seed": seed},
@@ -734,6 +734,11 @@ def distilled():
         "distilled", "emotion", runs, seeds=MINILM_SEEDS, command="distilled",
         extra_data=["all-MiniLM-L6-v2", *mixture],
     )
+
+
+def way_settings(small, way):
+    """By what a distillation is made, its seed aside."""
+    return {"start": fingerprint(small), "way": WAYS[way]} | asdict(DISTILLING)
 
 
 def lessons(way, dataset, mixture, teachers, folder):
