@@ -83,12 +83,9 @@ def problems(browser, address, page_name, theme):
         or found.append(f"asks another host: {request.url}")))
     page.on("console", lambda m: m.type == "error" and found.append(m.text))
     page.on("pageerror", lambda error: found.append(f"script error: {error}"))
+    page.goto(f"{address}/{page_name}", wait_until="load")
     if page_name == "index.html":  # a mere signpost to the preface
-        # On a busy machine the preface may be called before the signpost is loaded.
-        page.goto(f"{address}/{page_name}", wait_until="commit")
         page.wait_for_url("**/book/intro.html", wait_until="load")
-    else:
-        page.goto(f"{address}/{page_name}", wait_until="load")
     page.evaluate("() => window.MathJax?.startup?.promise")
     # text that nobody sees (search data, code) does not count
     text = page.evaluate(
