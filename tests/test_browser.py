@@ -6,6 +6,7 @@ import shutil
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -122,6 +123,12 @@ def all_pages():
         str(path.relative_to(HTML)) for path in HTML.rglob("*.html")
         if path.relative_to(HTML).parts[0] not in skip
     ) or ["index.html"]
+
+
+def test_the_icon_that_browsers_ask_for_is_there(book):
+    """The signpost names none, and a 404 before it is left is an error there."""
+    with urlopen(f"{book}/favicon.ico") as answer:
+        assert answer.read(4) == b"\0\0\1\0"  # how an icon file begins
 
 
 @pytest.mark.parametrize("name", all_pages())
